@@ -1,0 +1,264 @@
+"""Karpathy's JSON and a folder of pictures to the files that train.py and eval.py read.
+
+    python create_input_files.py --dataset coco --karpathy_json_path dataset_coco.json --image_folder .
+    python create_input_files.py --dataset mine --captions_csv captions.csv
+
+The second form is for your own pictures: a table with the columns `image` and `caption` (one row a caption) and, if
+wanted, `split` (train, val or test).
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import string
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from datasets import IMAGE_SIZE, check_pixels, read_image, read_json
+from utils import InputError, progress, run_script
+
+KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")
+SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
+JSON_FILES = ("CAPTIONS", "CAPLENS", "REFERENCES")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", default="coco", metavar="NAME",
+        help="coco, flickr8k, flickr30k, or a name of your own for data in their layout (default: coco)")
+    add("--karpathy_json_path", metavar="FILE", help="captions and splits (default: dataset_NAME.json)")
+    add("--captions_csv", metavar="FILE", help="instead of a JSON: a table with columns image, caption and maybe split")
+    add("--image_folder", metavar="DIR", help="where the pictures are (default: the folder of the captions' file)")
+    add("--captions_per_image", type=int, default=5, metavar="N", help="captions sampled for each picture (default: 5)")
+    add("--min_word_freq", type=int, default=5, metavar="N",
+        help="words that occur N times or less become <unk> (default: 5)")
+    add("--output_folder", default="data", metavar="DIR", help="where the files go (default: data)")
+    add("--max_len", type=int, default=50, metavar="WORDS", help="longer captions are left out (default: 50)")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N",
+        help="processes reading pictures (default: all cores)")
+    add("--overwrite", action="store_true", help="replace files that were made from something else")
+    return parser
+
+
+class Picture(NamedTuple):
+    path: Path
+    image_id: int
+    split: str                  # TRAIN, VAL or TEST
+    captions: list[list[str]]   # those short enough to train on
+    references: list[list[str]]  # all of them
+
+
+def create_input_files(dataset: str, karpathy_json_path: str | Path | None, image_folder: str | Path,
+                       captions_per_image: int, min_word_freq: int, output_folder: str | Path, max_len: int = 100, *,
+                       captions_csv: str | Path | None = None, workers: int = 1, overwrite: bool = False) -> str:
+    """Writes the word map, and for each split pictures, captions, lengths and references.
+
+    Returns:
+        The base name of the files, for --data_name.
+
+    Raises:
+        InputError: a file is missing or wrong, there is no space, or other files of this name are there.
+    """
+    source = Path(captions_csv or karpathy_json_path)
+    data = from_csv(source) if captions_csv else read_json(source)
+    pictures, word_freq = read_captions(data, source, dataset, Path(image_folder), max_len)
+    check_paths(pictures, image_folder)
+
+    folder = Path(output_folder)
+    base = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
+    digest = digest_of(source, pictures, captions_per_image, min_word_freq, max_len)
+    if is_done(folder, base, digest, overwrite):
+        print(f"{folder} holds these files already, made from the same pictures, captions and settings: nothing to do")
+        return base
+    check_space(folder, len(pictures))
+
+    words = [word for word in word_freq if word_freq[word] > min_word_freq]
+    word_map = {word: index for index, word in enumerate([*words, "<unk>", "<start>", "<end>"], 1)} | {"<pad>": 0}
+    partial = folder / f".{base}.partial"  # the files get their names only when all are whole
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write_json(partial / f"WORDMAP_{base}.json", word_map)
+        random = Random(123)  # the tutorial's seed: the same captions are drawn
+        for split in ("TRAIN", "VAL", "TEST"):
+            chosen = [picture for picture in pictures if picture.split == split]
+            write_split(partial, base, split, chosen, word_map, random, captions_per_image, max_len, workers, digest)
+        for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".hdf5"):  # these say what all is made of
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print_summary(pictures, word_freq, word_map, folder, base)
+    return base
+
+
+def from_csv(path: Path) -> dict[str, Any]:
+    """A table of captions in Karpathy's layout; without a column `split`, 80/10/10 by a fixed seed."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file (--captions_csv)") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a table in UTF-8 ({error})") from error
+    if not rows or not {"image", "caption"} <= rows[0].keys() or any(None in row.values() for row in rows):
+        raise InputError(f"{path}: each row needs the columns image and caption, named in the first line")
+    names = list(dict.fromkeys(row["image"] for row in rows))
+    images = {name: {"filename": name, "imgid": index, "sentences": []} for index, name in enumerate(names)}
+    Random(0).shuffle(names)
+    tenth = len(names) // 10
+    drawn = {name: "val" if i < tenth else "test" if i < 2 * tenth else "train" for i, name in enumerate(names)}
+    without_punctuation = str.maketrans("", "", string.punctuation)
+    for row in rows:
+        tokens = row["caption"].lower().translate(without_punctuation).split()  # as in Karpathy's files
+        split = row.get("split") or drawn[row["image"]]
+        if images[row["image"]].setdefault("split", split) != split:
+            raise InputError(f"{path}: {row['image']} is in two splits, {images[row['image']]['split']} and {split}")
+        images[row["image"]]["sentences"].append({"tokens": tokens})
+    return {"images": list(images.values())}
+
+
+def read_captions(data: Any, source: Path, dataset: str, image_folder: Path,
+                  max_len: int) -> tuple[list[Picture], Counter[str]]:
+    """The pictures that have captions, in the file's order, and how often each word occurs in all captions."""
+    pictures, word_freq = [], Counter()
+    try:
+        for index, image in enumerate(data["images"]):
+            references = [sentence["tokens"] for sentence in image["sentences"]]
+            for tokens in references:
+                word_freq.update(tokens)
+            captions = [tokens for tokens in references if len(tokens) <= max_len]
+            if not captions or image["split"] not in SPLITS:
+                continue
+            name = Path(image["filepath"], image["filename"]) if dataset == "coco" else Path(image["filename"])
+            image_id = image.get("cocoid", image.get("imgid", index))
+            pictures.append(Picture(image_folder / name, image_id, SPLITS[image["split"]], captions, references))
+    except (KeyError, TypeError) as error:
+        hint = " (only --dataset coco has filepath)" if error.args == ("filepath",) else ""
+        raise InputError(f"{source}: not in Karpathy's layout, {error!r}{hint}. It is a dict with a list `images`, "
+                         "each with filename, split and sentences, each of those with tokens") from error
+    if not any(picture.split == "TRAIN" for picture in pictures):
+        raise InputError(f"{source}: no picture of the split train has a caption of 1 to {max_len} words")
+    return pictures, word_freq
+
+
+def check_paths(pictures: Sequence[Picture], image_folder: str | Path) -> None:
+    missing = [picture.path for picture in pictures if not picture.path.is_file()]
+    if missing:
+        raise InputError(f"{len(missing)} of {len(pictures)} pictures are missing: "
+                         f"{', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}. "
+                         f"Looked under {image_folder}; say where they are with --image_folder")
+
+
+def check_space(folder: Path, n_pictures: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = n_pictures * (3 * IMAGE_SIZE ** 2 + 4000), shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; make space, or "
+                         "name another --output_folder")
+    print(f"{n_pictures} pictures need {needed / 1e9:.2f} GB in {folder}, {free / 1e9:.1f} GB are free")
+
+
+def digest_of(source: Path, pictures: Sequence[Picture], *settings: int) -> str:
+    """One number for all that the files are made of: captions, pictures (their paths and sizes) and settings."""
+    digest = hashlib.sha256(source.read_bytes())
+    digest.update(repr([(str(picture.path), picture.path.stat().st_size) for picture in pictures]).encode())
+    digest.update(repr(settings).encode())
+    return digest.hexdigest()
+
+
+def is_done(folder: Path, base: str, digest: str, overwrite: bool) -> bool:
+    """Whether all files are there and of this input; refuses to touch those of another."""
+    names = [f"WORDMAP_{base}.json", *(f"{split}_{kind}_{base}.json" for split in ("TRAIN", "VAL", "TEST")
+                                       for kind in JSON_FILES)]
+    archives = [folder / f"{split}_IMAGES_{base}.hdf5" for split in ("TRAIN", "VAL", "TEST")]
+    there = [path for path in [*(folder / name for name in names), *archives] if path.exists()]
+    if overwrite or not there:
+        return False
+    if len(there) == len(names) + len(archives):
+        try:
+            made_from = set()
+            for path in archives:
+                with h5py.File(path, "r") as file:
+                    made_from.add(file.attrs.get("made_from"))
+            if made_from == {digest}:
+                return True
+        except OSError:
+            pass  # damaged: as good as made from something else
+    raise InputError(f"{folder} holds files named {base} that were made from other pictures, captions or settings; "
+                     "replace them with --overwrite, or name another --output_folder")
+
+
+def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture], word_map: dict[str, int],
+                random: Random, captions_per_image: int, max_len: int, workers: int, digest: str) -> None:
+    encoded, lengths = [], []
+    for picture in pictures:
+        captions, n = picture.captions, captions_per_image
+        if len(captions) < n:
+            captions = captions + [random.choice(captions) for _ in range(n - len(captions))]
+        else:
+            captions = random.sample(captions, k=n)
+        for words in captions:
+            encoded.append([word_map["<start>"], *(word_map.get(word, word_map["<unk>"]) for word in words),
+                            word_map["<end>"], *[word_map["<pad>"]] * (max_len - len(words))])
+            lengths.append(len(words) + 2)
+    write_json(folder / f"{split}_CAPTIONS_{base}.json", encoded)
+    write_json(folder / f"{split}_CAPLENS_{base}.json", lengths)
+    write_json(folder / f"{split}_REFERENCES_{base}.json", [picture.references for picture in pictures])
+
+    path = folder / f"{split}_IMAGES_{base}.hdf5"
+    with h5py.File(path, "w") as file, multiprocessing.Pool(workers) as pool:
+        file.attrs["captions_per_image"] = captions_per_image
+        file.attrs["made_from"] = digest
+        file["image_ids"] = np.array([picture.image_id for picture in pictures], dtype=np.int64)
+        images = file.create_dataset("images", (len(pictures), 3, IMAGE_SIZE, IMAGE_SIZE), dtype="uint8")
+        decoded = pool.imap(read_image, [picture.path for picture in pictures], chunksize=8)
+        for i, image in enumerate(progress(decoded, split, "picture", total=len(pictures))):
+            images[i] = image
+        if pictures:
+            check_pixels(images, f"the {split} pictures")
+
+
+def write_json(path: Path, value: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+
+
+def print_summary(pictures: Sequence[Picture], word_freq: Counter[str], word_map: dict[str, int], folder: Path,
+                  base: str) -> None:
+    for split in ("TRAIN", "VAL", "TEST"):
+        chosen = [picture for picture in pictures if picture.split == split]
+        print(f"{split}: {len(chosen)} pictures, {sum(len(picture.references) for picture in chosen)} captions")
+    unknown = sum(count for word, count in word_freq.items() if word not in word_map)
+    print(f"vocabulary: {len(word_map)} words with the 4 special ones; {100 * unknown / word_freq.total():.2f} % of "
+          f"all words are <unk>\nnext: python train.py --data_folder {folder} --data_name {base}")
+
+
+def main(args: argparse.Namespace) -> str:
+    if args.captions_per_image < 1 or args.max_len < 1 or args.min_word_freq < 0 or args.workers < 1:
+        raise InputError("--captions_per_image, --max_len and --workers are 1 or more, --min_word_freq 0 or more")
+    if args.captions_csv and args.karpathy_json_path:
+        raise InputError("--captions_csv and --karpathy_json_path exclude each other")
+    source = args.captions_csv or args.karpathy_json_path or f"dataset_{args.dataset}.json"
+    if not Path(source).is_file():
+        raise InputError(f"{source}: no such file; captions come from --karpathy_json_path FILE (for "
+                         f"{', '.join(KARPATHY_SETS)}: search the web for \"Karpathy caption_datasets.zip\") or "
+                         "--captions_csv FILE")
+    return create_input_files(args.dataset, source, args.image_folder or Path(source).parent, args.captions_per_image,
+                              args.min_word_freq, args.output_folder, args.max_len, captions_csv=args.captions_csv,
+                              workers=args.workers, overwrite=args.overwrite)
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())

@@ -1,0 +1,251 @@
+"""Pictures and captions: one picture file to pixels, and the prepared data set to batches.
+
+    dataset = CaptionDataset("data", "coco_5_cap_per_img_5_min_word_freq", "TRAIN")
+    image, caption, length = dataset[0]      # (3, 256, 256) uint8, (L,) int64, (1,) int64
+
+Pixels stay bytes until they are on the device that needs them: `normalize` makes floats of a whole batch there.
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils import InputError
+
+IMAGE_SIZE = 256
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
+PREPROCESSING = {"image_size": IMAGE_SIZE, "mean": list(MEAN), "std": list(STD)}  # what a checkpoint records
+SPECIAL_WORDS = ("<start>", "<end>", "<pad>", "<unk>")
+DATA_HINT = """Two commands make and use a data set, once its pictures and Karpathy's dataset_coco.json are here:
+  python create_input_files.py --dataset coco --karpathy_json_path dataset_coco.json --image_folder .
+  python train.py"""
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture file to pixels (3, 256, 256), uint8, RGB: the one way into every script.
+
+    Any mode that Pillow reads: turned as its EXIF data say, 16 bits brought to 8, transparent parts on white, of an
+    animation the first frame. Resized, without keeping the aspect ratio, by Pillow's bilinear filter.
+
+    Raises:
+        InputError: the file is no picture, or is damaged.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture = to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+            return np.array(picture).transpose(2, 0, 1)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such picture") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
+        raise InputError(f"{path}: this picture cannot be read ({error}); replace it, or leave it out") from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, upright."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits a pixel, in Pillow's modes I;16 and I
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.mode == "F":
+        picture = Image.fromarray(np.asarray(picture).clip(0, 255).astype(np.uint8))
+    if "A" in picture.mode or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def normalize(images: Tensor, device: torch.device) -> Tensor:
+    """Bytes (N, 3, H, W) to the floats that encoders expect, on the device."""
+    images = images.to(device, non_blocking=True).float().div_(255)
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    return images.sub_(mean).div_(std)
+
+
+def check_pixels(images: Sequence[np.ndarray], where: str) -> None:
+    """Stops where pictures are nearly black or nearly constant, before days are spent on them.
+
+    The commonest cause: floats from 0 to 1 (as scikit-image's resize gives) stored as bytes, which makes them 0 or 1.
+    """
+    sample = [np.asarray(images[i]) for i in np.linspace(0, len(images) - 1, min(len(images), 64)).astype(int)]
+    spread = float(np.median([picture.std() for picture in sample]))
+    mean = float(np.mean([picture.mean() for picture in sample]))
+    if mean < 4 or spread < 4:
+        raise InputError(f"{where}: the pictures are nearly black or constant (mean {mean:.2f}, spread {spread:.2f} of "
+                         "255; photographs have about 115 and 60). Were floats from 0 to 1 stored as bytes? Make the "
+                         "files again with create_input_files.py --overwrite")
+
+
+def load_word_map(data_folder: str | Path, data_name: str) -> dict[str, int]:
+    """The vocabulary, word to index.
+
+    Raises:
+        InputError: no prepared data in the folder (the message says how to make them), or a damaged word map.
+    """
+    path = Path(data_folder) / f"WORDMAP_{data_name}.json"
+    if not path.is_file():
+        found = sorted(each.name[len("WORDMAP_"):-len(".json")] for each in Path(data_folder).glob("WORDMAP_*.json"))
+        hint = f"There is: --data_name {' or '.join(found)}" if found else DATA_HINT
+        raise InputError(f"no data set {data_name} in {data_folder} (--data_folder, --data_name). {hint}")
+    return read_word_map(path)
+
+
+def read_word_map(path: str | Path) -> dict[str, int]:
+    """A word map from its file; its indices must be 0 to V - 1, the special words among them."""
+    word_map = read_json(path)
+    if not isinstance(word_map, dict) or not set(SPECIAL_WORDS) <= word_map.keys():
+        raise InputError(f"{path}: not a word map, it lacks one of {' '.join(SPECIAL_WORDS)}")
+    if sorted(word_map.values()) != list(range(len(word_map))):
+        raise InputError(f"{path}: not a word map, its indices are not 0 to {len(word_map) - 1}, each once")
+    return word_map
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; make it with create_input_files.py") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON file ({error})") from error
+
+
+def words_of(sequence: Sequence[int], word_map: dict[str, int]) -> list[str]:
+    """The words of a caption, without <start>, <end> and <pad>."""
+    words = {index: word for word, index in word_map.items()}
+    silent = {word_map["<start>"], word_map["<end>"], word_map["<pad>"]}
+    return [words[index] for index in sequence if index not in silent]
+
+
+class CaptionDataset(Dataset):
+    """The captions of a split with their pictures, caption by caption.
+
+    Args:
+        data_folder, data_name: where create_input_files.py put the files, and their base name.
+        split: "TRAIN", "VAL" or "TEST".
+        transform: applied to the picture, (3, 256, 256) uint8.
+
+    Raises:
+        InputError: a file is missing, or the files do not belong together.
+    """
+
+    def __init__(self, data_folder: str | Path, data_name: str, split: str,
+                 transform: Callable[[Tensor], Tensor] | None = None) -> None:
+        if split not in {"TRAIN", "VAL", "TEST"}:
+            raise InputError(f"no split {split}; there are TRAIN, VAL and TEST")
+        folder = Path(data_folder)
+        self.split, self.transform = split, transform
+        self.path = folder / f"{split}_IMAGES_{data_name}.hdf5"
+        captions = read_json(folder / f"{split}_CAPTIONS_{data_name}.json")
+        lengths = read_json(folder / f"{split}_CAPLENS_{data_name}.json")
+        small = len(load_word_map(data_folder, data_name)) <= np.iinfo(np.int16).max
+        self.captions = np.array(captions, dtype=np.int16 if small else np.int32)  # (captions, L)
+        self.caplens = np.array(lengths, dtype=np.int16)                          # (captions,)
+        references = folder / f"{split}_REFERENCES_{data_name}.json"
+        self.references_path = references if references.is_file() else None
+        self._open: tuple[int, Any] | None = None  # (process, pictures)
+
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: no such file; make it with create_input_files.py")
+        with h5py.File(self.path, "r") as file:
+            self.cpi = int(file.attrs["captions_per_image"])
+            self.n_images, *shape = file["images"].shape
+            ids = file["image_ids"][:] if "image_ids" in file else np.arange(self.n_images)
+        self.image_ids = ids.tolist()
+        if shape != [3, IMAGE_SIZE, IMAGE_SIZE] or not self.n_images * self.cpi == len(captions) == len(lengths):
+            raise InputError(f"{self.path} holds {self.n_images} pictures {tuple(shape)}, {self.cpi} captions each; "
+                             f"beside it are {len(captions)} captions and {len(lengths)} lengths. They do not belong "
+                             "together; make them again with create_input_files.py --overwrite")
+
+    @property
+    def images(self) -> Any:
+        """All pictures, (I, 3, 256, 256) uint8, indexed like an array but read when asked for.
+
+        An HDF5 handle must not cross into another process, so each process maps the file when it first needs it. The
+        block of pixels is contiguous, and a memory map reads it without HDF5's lock and bookkeeping.
+        """
+        if self._open is None or self._open[0] != os.getpid():
+            with h5py.File(self.path, "r") as file:
+                offset, shape = file["images"].id.get_offset(), file["images"].shape
+            pictures = (np.memmap(self.path, np.uint8, "r", offset, shape) if offset is not None
+                        else h5py.File(self.path, "r")["images"])  # somebody stored them in chunks
+            self._open = (os.getpid(), pictures)
+        return self._open[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+        """Picture (3, 256, 256) uint8, caption (L,) and length (1,); for VAL and TEST all its captions (5, L) too."""
+        image = torch.from_numpy(np.array(self.images[i // self.cpi]))
+        if self.transform is not None:
+            image = self.transform(image)
+        caption, length = torch.from_numpy(self.captions[i]).long(), torch.tensor([int(self.caplens[i])])
+        if self.split == "TRAIN":
+            return image, caption, length
+        first = i // self.cpi * self.cpi
+        return image, caption, length, torch.from_numpy(self.captions[first:first + self.cpi]).long()
+
+    def references(self, word_map: dict[str, int]) -> list[list[list[str]]]:
+        """For each picture all that people wrote of it, as words.
+
+        Folders made by the original tutorial hold only encoded captions; the words that are <unk> there become one
+        that no caption can match.
+        """
+        if self.references_path:
+            return read_json(self.references_path)
+        words = {index: word for word, index in word_map.items()} | {word_map["<unk>"]: "<unknown>"}
+        silent = {word_map["<start>"], word_map["<end>"], word_map["<pad>"]}
+        sentences = [[words[index] for index in caption if index not in silent] for caption in self.captions.tolist()]
+        return [sentences[i:i + self.cpi] for i in range(0, len(sentences), self.cpi)]
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Batches of an epoch in an order that depends on seed and epoch alone, so that a run can be taken up anywhere.
+
+    A batch of all processes together is `batch_size * world_size` captions, dealt to them like cards. The epoch's last
+    batch may have fewer captions than there are processes: then the others get one whose loss must not count.
+
+    Args:
+        group: captions that stay together: 1, or a picture's number of captions to have its captions in one batch.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
+                 group: int = 1) -> None:
+        self.groups, self.group, self.seed = length // group, group, seed
+        self.batch_groups = max(1, batch_size // group) * world_size
+        self.rank, self.world_size = rank, world_size
+        self.steps = -(-self.groups // self.batch_groups)
+        self.epoch, self.first_step = 0, 0
+
+    def counts(self, step: int) -> bool:
+        """Whether this process's share of a step is its own, and not a stopgap at the epoch's end."""
+        return self.rank < self.groups - step * self.batch_groups
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.groups, generator=generator).unsqueeze(1) * self.group + torch.arange(self.group)
+        for step in range(self.first_step, self.steps):
+            batch = order[step * self.batch_groups:(step + 1) * self.batch_groups]
+            yield (batch[self.rank::self.world_size] if self.counts(step) else batch[:1]).flatten().tolist()
+
+
+def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, rank: int = 0, world_size: int = 1,
+                 device: torch.device | None = None) -> DataLoader:
+    """Batches of pictures, each once, of this process's share: every world_size-th picture from the rank-th on."""
+    first_captions = range(rank * dataset.cpi, len(dataset), dataset.cpi * world_size)
+    return DataLoader(torch.utils.data.Subset(dataset, first_captions), batch_size, num_workers=workers,
+                      pin_memory=device is not None and device.type == "cuda")

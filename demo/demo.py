@@ -1,0 +1,130 @@
+"""The whole tutorial in minutes on a CPU: draw a data set, prepare it, train in two stages, score, and look.
+
+    pip install -r requirements.txt -r demo/requirements.txt
+    python demo/demo.py
+
+Everything goes into demo/output. Each step is the command that you would type for your own data. At the end two
+questions that a table of scores leaves open: does the model use the pictures at all, and does it look at what it names?
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # the scripts lie there, and so does the folder demo
+
+from caption import caption_paths, to_grid  # noqa: E402
+from datasets import CaptionDataset, words_of  # noqa: E402
+from demo.shapes import draw_data_set, shape_of  # noqa: E402
+from eval import bleu  # noqa: E402
+from models import Hypothesis, build_models  # noqa: E402
+from utils import keep_freed_memory, load_checkpoint  # noqa: E402
+
+NAME = "shapes_5_cap_per_img_0_min_word_freq"
+# A small model for a small language, and higher learning rates than the defaults, to be done in minutes.
+TRAINING = ["--encoder", "efficientnet_lite0", "--encoded_image_size", "8", "--emb_dim", "64", "--attention_dim", "64",
+            "--decoder_dim", "128", "--dropout", "0.2", "--decoder_lr", "2e-3", "--encoder_lr", "1e-4",
+            "--batch_size", "50", "--whole_images"]
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / "demo" / "output", metavar="DIR",
+                        help="where all files go; what is there of an earlier demo is replaced (default: demo/output)")
+    parser.add_argument("--train", type=int, default=600, metavar="N", help="scenes to train on (default: 600)")
+    parser.add_argument("--epochs", type=int, nargs=2, default=[8, 5], metavar="N", help="by stage (default: 8 5)")
+    return parser
+
+
+def call(script: str, *arguments: object) -> None:
+    """Runs one of the scripts, and shows the command."""
+    command = [script, *map(str, arguments)]
+    print(f"\n$ python {' '.join(command)}", flush=True)
+    subprocess.run([sys.executable, REPOSITORY / command[0], *command[1:]], check=True)
+
+
+def looks(hypothesis: Hypothesis, words: Sequence[str], objects: Sequence[dict]) -> list[tuple[bool, float]]:
+    """For each shape that the caption names and the scene holds: did the highest attention fall on it, and the chance.
+
+    A pixel of the map stands for a cell of the picture; it is on an object if the cell's centre is in its box.
+    """
+    grid = to_grid(hypothesis.alphas)                                           # (len, n, n), the first of <start>
+    n = grid.size(1)
+    centres = (np.arange(n) + 0.5) * 256 / n
+    found = []
+    for word, alpha in zip(words, grid[1:], strict=False):
+        boxes = [each["box"] for each in objects if each["shape"] == shape_of(word)]
+        if not boxes:
+            continue
+        inside = np.zeros((n, n), dtype=bool)
+        for left, top, right, bottom in boxes:
+            inside |= np.outer((top <= centres) & (centres < bottom), (left <= centres) & (centres < right))
+        found.append((bool(inside.flatten()[alpha.argmax()]), float(inside.mean())))
+    return found
+
+
+def examine(folder: Path) -> dict[str, float]:
+    """BLEU-4 on the test scenes, of the model and of the model shown other scenes; and where it looked."""
+    keep_freed_memory()
+    checkpoint = load_checkpoint(folder / f"BEST_checkpoint_{NAME}.pth.tar")
+    encoder, decoder = build_models(checkpoint)
+    word_map = checkpoint["word_map"]
+    data = json.loads((folder / "shapes" / "dataset_shapes.json").read_text())["images"]
+    boxes = json.loads((folder / "shapes" / "boxes.json").read_text())
+    names = [image["filename"] for image in data if image["split"] == "test"]
+    references = CaptionDataset(folder / "data", NAME, "TEST").references(word_map)
+
+    paths = [folder / "shapes" / "images" / name for name in names]
+    found = [best[0] for i in range(0, len(paths), 10)
+             for best in caption_paths(encoder, decoder, paths[i:i + 10], word_map, beam_size=1)]
+    captions = [words_of(each.sequence, word_map) for each in found]
+    generator = torch.Generator().manual_seed(0)
+    shuffled = [captions[i] for i in torch.randperm(len(captions), generator=generator).tolist()]
+    gazes = [gaze for hypothesis, words, name in zip(found, captions, names, strict=True)
+             for gaze in looks(hypothesis, words, boxes[name])]
+    return {"bleu4": bleu(references, captions)[3], "bleu4_blind": bleu(references, shuffled)[3],
+            "shape_words": len(gazes), "on_object": 100 * float(np.mean([hit for hit, _ in gazes])),
+            "by_chance": 100 * float(np.mean([chance for _, chance in gazes]))}
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """Runs all steps; returns what `examine` found."""
+    started = time.monotonic()
+    folder = args.folder.resolve()
+    try:
+        shown = folder.relative_to(Path.cwd())
+    except ValueError:
+        shown = folder
+    json_path = draw_data_set(folder / "shapes", train=args.train)
+    for path in folder.glob(f"*{NAME}.pth.tar"):
+        path.unlink()  # of an earlier demo
+    data = ["--data_folder", shown / "data", "--data_name", NAME]
+    best = shown / f"BEST_checkpoint_{NAME}.pth.tar"
+
+    call("create_input_files.py", "--dataset", "shapes", "--karpathy_json_path", shown / "shapes" / json_path.name,
+         "--image_folder", shown / "shapes" / "images", "--min_word_freq", 0, "--output_folder", shown / "data",
+         "--overwrite")
+    call("train.py", *data, "--output_folder", shown, *TRAINING, "--epochs", *args.epochs)
+    call("eval.py", *data, "--checkpoint", best, "--out", shown)
+    call("caption.py", "--img", shown / "shapes" / "images" / "shapes_test_0001.png", "--model", best,
+         "--out", shown / "attention.png")
+    found = examine(folder)
+    print(f"\nBLEU-4 on unseen scenes, greedy: {found['bleu4']:.1f}; of the same model shown other scenes: "
+          f"{found['bleu4_blind']:.1f}\nof {found['shape_words']} shapes it named, it looked at that shape "
+          f"{found['on_object']:.0f} % of the time; by chance: {found['by_chance']:.0f} %\n"
+          f"curves: {shown / f'curves_{NAME}.png'}   where it looked: {shown / 'attention.png'}   "
+          f"all of it took {(time.monotonic() - started) / 60:.1f} minutes")
+    return found
+
+
+if __name__ == "__main__":
+    main(get_parser().parse_args())

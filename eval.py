@@ -1,0 +1,253 @@
+"""Captions of a whole split, and the table of scores by beam size.
+
+    python eval.py --checkpoint BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar --beam_size 1 3 5
+    torchrun --nproc_per_node=8 eval.py --checkpoint ...
+
+Captions are generated freely, one for each picture, and scored against all that people wrote of it.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nltk.translate.bleu_score import corpus_bleu
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from datasets import CaptionDataset, image_loader, load_word_map, normalize, read_word_map, words_of
+from models import DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
+from utils import (
+    InputError,
+    Processes,
+    autocast,
+    gather,
+    load_checkpoint,
+    progress,
+    run_script,
+    setup_processes,
+    whole_file,
+)
+
+COLUMNS = ("beam", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "unfinished", "seconds",
+           "images/s")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE", help="the model (default: BEST_checkpoint_DATANAME.pth.tar in this folder)")
+    add("--data_folder", default="data", metavar="DIR", help="what create_input_files.py made (default: data)")
+    add("--data_name", default="coco_5_cap_per_img_5_min_word_freq", metavar="NAME",
+        help="base name of those files (default: coco_5_cap_per_img_5_min_word_freq)")
+    add("--word_map", metavar="FILE", help="for checkpoints without one (default: the data folder's)")
+    add("--split", choices=("TEST", "VAL", "TRAIN"), default="TEST", help="(default: TEST)")
+    add("--beam_size", type=int, nargs="+", default=[1, 3, 5], metavar="K", help="one row each (default: 1 3 5)")
+    add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
+    add("--batch_size", type=int, default=32, metavar="N", help="pictures searched at once (default: 32)")
+    add("--workers", type=int, default=1, metavar="N", help="processes reading pictures (default: 1)")
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on cuda, else float32)")
+    add("--json", nargs="?", const="-", metavar="FILE", help="scores as JSON, into a file or instead of the table")
+    add("--out", metavar="DIR", help="writes the table (Markdown, JSON) and the captions in COCO's result format")
+    return parser
+
+
+@torch.inference_mode()
+def generate_captions(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDataset,
+                      word_map: dict[str, int], beam_size: int, processes: Processes, precision: str,
+                      batch_size: int = 32, workers: int = 0, max_len: int = 51) -> list[Hypothesis]:
+    """The best caption of each picture of the data set, in its order, on every process."""
+    decoder.eval()
+    found: list[Hypothesis] = []
+    loader = image_loader(dataset, batch_size, workers, processes.rank, processes.world_size, processes.device)
+    for images, *_ in progress(loader, f"beam {beam_size}", "batch", processes.rank == 0):
+        with autocast(processes.device, precision):
+            features = encoder(normalize(images, processes.device))
+            best = decoder.beam_search(features, word_map, beam_size, max_len)
+        found += [hypotheses[0]._replace(alphas=None) for hypotheses in best]
+    return interleave(gather(found, processes))
+
+
+@torch.inference_mode()
+def validate(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDataset, word_map: dict[str, int],
+             processes: Processes, precision: str, batch_size: int,
+             workers: int = 0) -> tuple[list[float], float, list[list[str]]]:
+    """What training asks after each epoch. Every picture is encoded once, for all its captions and for the search.
+
+    Returns:
+        The sums of `measure` with the true words as input, the tutorial's BLEU-4 of the words predicted that way, and
+        for each picture a caption generated freely (beam 1), as words.
+    """
+    decoder.eval()
+    sums = torch.zeros(5, dtype=torch.float64, device=processes.device)
+    forced, generated = [], []
+    loader = image_loader(dataset, batch_size, workers, processes.rank, processes.world_size, processes.device)
+    for images, _, _, captions in progress(loader, "validation", "batch", processes.rank == 0):
+        with autocast(processes.device, precision):
+            features = encoder(normalize(images, processes.device)).flatten(1, 2)                  # (N, P, C)
+            captions = captions.flatten(0, 1).to(processes.device)                                 # (N * 5, L)
+            lengths = (captions != word_map["<pad>"]).sum(dim=1, keepdim=True)
+            output = decoder(features.repeat_interleave(dataset.cpi, 0), captions, lengths)
+            best = decoder.beam_search(features, word_map, beam_size=1)
+        sums += measure(*output)
+        scores, _, decode_lengths, _, order = output
+        said = [words[:n] for words, n in zip(scores.argmax(dim=2).tolist(), decode_lengths, strict=True)]
+        said = [said[i] for i in order.argsort().tolist()]                      # as the pictures are, not by length
+        forced += [said[i:i + dataset.cpi] for i in range(0, len(said), dataset.cpi)]
+        generated += [words_of(hypotheses[0].sequence, word_map) for hypotheses in best]
+    if processes.world_size > 1:
+        dist.all_reduce(sums)
+    forced, generated = interleave(gather(forced, processes)), interleave(gather(generated, processes))
+    return sums.tolist(), forced_bleu(dataset, forced, word_map), generated
+
+
+def measure(scores: Tensor, captions: Tensor, decode_lengths: list[int], alphas: Tensor, _: Tensor) -> Tensor:
+    """What the decoder's teacher-forced output is worth, as sums that add up over batches and processes.
+
+    Returns:
+        (5,): cross entropy over the words, doubly stochastic term over the captions (both carry gradients), words
+        that were among the five most probable, number of words, number of captions.
+    """
+    predicted, targets = (pack_padded_sequence(each, decode_lengths, batch_first=True).data
+                          for each in (scores, captions[:, 1:]))                # (words, V) and (words,), no padding
+    cross_entropy = F.cross_entropy(predicted.float(), targets, reduction="sum")
+    top5 = (predicted.topk(min(5, predicted.size(1)), dim=1).indices == targets.unsqueeze(1)).sum()
+    numbers = [doubly_stochastic(alphas.float()).sum(), top5, alphas.new_tensor(len(targets)),
+               alphas.new_tensor(len(captions))]
+    return torch.stack([cross_entropy, *(number.float() for number in numbers)])
+
+
+def forced_bleu(dataset: CaptionDataset, forced: list[list[list[int]]], word_map: dict[str, int]) -> float:
+    """BLEU-4 as the original tutorial reports it: of predictions that were given the true words before each."""
+    silent = {word_map["<start>"], word_map["<pad>"]}
+    true = [[word for word in caption if word not in silent] for caption in dataset.captions.tolist()]
+    references = [true[i:i + dataset.cpi] for i in range(0, len(true), dataset.cpi) for _ in range(dataset.cpi)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nltk's, of a model that has no 4-gram right yet
+        return 100 * float(corpus_bleu(references, [words for picture in forced for words in picture]))
+
+
+def interleave(shares: list[list[Any]]) -> list[Any]:
+    """Undoes the dealing of pictures to processes: share r holds items r, r + W, r + 2W, ..."""
+    items: list[Any] = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        items[rank::len(shares)] = share
+    return items
+
+
+def bleu(references: Sequence[Sequence[Sequence[str]]], captions: Sequence[Sequence[str]]) -> list[float]:
+    """BLEU-1 to 4 of a whole corpus, 0 to 100, with brevity penalty (COCO's own implementation)."""
+    return [100 * value for value in Bleu(4).compute_score(*_coco(references, captions), verbose=0)[0]]
+
+
+def score(references: Sequence[Sequence[Sequence[str]]], captions: Sequence[Sequence[str]]) -> dict[str, float | None]:
+    """The standard scores: BLEU, METEOR and ROUGE-L from 0 to 100, CIDEr from 0 to 10. METEOR is None without Java."""
+    scores: dict[str, float | None] = {f"BLEU-{n}": value for n, value in enumerate(bleu(references, captions), 1)}
+    pairs = _coco(references, captions)
+    scores["METEOR"] = 100 * Meteor().compute_score(*pairs)[0] if shutil.which("java") else None
+    scores["ROUGE-L"] = 100 * float(Rouge().compute_score(*pairs)[0])
+    scores["CIDEr"] = float(Cider().compute_score(*pairs)[0])
+    return scores
+
+
+def _coco(references: Sequence[Sequence[Sequence[str]]],
+          captions: Sequence[Sequence[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """References and captions as pycocoevalcap takes them: sentences by picture."""
+    return ({i: [" ".join(words) for words in each] for i, each in enumerate(references)},
+            {i: [" ".join(words)] for i, words in enumerate(captions)})
+
+
+def warn_if_collapsed(captions: Sequence[str]) -> str | None:
+    """A sentence to print where nearly all pictures got the same few captions."""
+    if len(captions) < 20:
+        return None
+    (commonest, count), distinct = Counter(captions).most_common(1)[0], len(set(captions))
+    if count <= len(captions) / 2 and distinct >= len(captions) / 50:
+        return None
+    return (f"warning: only {distinct} different captions for {len(captions)} pictures, {count} times \"{commonest}\": "
+            "the model does not see the pictures. Too little training, or other pixels than it was trained with")
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table, aligned so that it reads well as plain text too."""
+    formats = {"beam": "d", "METEOR": ".1f", "CIDEr": ".3f", "unfinished": ".1%"}
+    cells = [["-" if row[name] is None else format(row[name], formats.get(name, ".1f")) for name in COLUMNS]
+             for row in rows]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+    lines = [[name.rjust(width) for name, width in zip(line, widths, strict=True)] for line in (COLUMNS, *cells)]
+    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if min(args.beam_size) < 1 or args.batch_size < 1 or args.max_len < 1:
+        raise InputError("--beam_size, --batch_size and --max_len are 1 or more")
+    processes, precision = setup_processes(args.device, args.precision)
+    first = processes.rank == 0
+    data_words = read_word_map(args.word_map) if args.word_map else load_word_map(args.data_folder, args.data_name)
+    dataset = CaptionDataset(args.data_folder, args.data_name, args.split)
+    checkpoint = load_checkpoint(args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar", data_words)
+    encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint))
+    word_map = checkpoint["word_map"]
+    references = dataset.references(data_words)
+    if first and not shutil.which("java"):
+        print("Java was not found: METEOR is left out (install a Java runtime, say default-jre)", file=sys.stderr)
+
+    rows: list[dict[str, Any]] = []
+    for beam_size in args.beam_size:
+        started = time.perf_counter()
+        found = generate_captions(encoder, decoder, dataset, word_map, beam_size, processes, precision,
+                                  args.batch_size, args.workers, args.max_len)
+        seconds = time.perf_counter() - started
+        if not first:
+            continue
+        captions = [words_of(each.sequence, word_map) for each in found]
+        unfinished = sum(not each.finished for each in found) / len(found)
+        rows.append({"beam": beam_size, **score(references, captions), "unfinished": unfinished, "seconds": seconds,
+                     "images/s": len(found) / seconds})
+        sentences = [" ".join(words) for words in captions]
+        print(warn_if_collapsed(sentences) or end_note(unfinished, beam_size), end="", file=sys.stderr)
+        if args.out:
+            with whole_file(Path(args.out) / f"captions_{args.split}_beam{beam_size}.json") as file:
+                json.dump([{"image_id": image_id, "caption": caption} for image_id, caption
+                           in zip(dataset.image_ids, sentences, strict=True)], file)
+    if first:
+        write_table(args, rows)
+    return rows
+
+
+def end_note(unfinished: float, beam_size: int) -> str:
+    if unfinished <= 0.2:
+        return ""
+    return f"warning: at beam {beam_size} {unfinished:.0%} of the captions never end: the model has not learned <end>\n"
+
+
+def write_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    text = json.dumps(rows, indent=2)
+    if args.json not in (None, "-"):
+        with whole_file(args.json) as file:
+            file.write(text + "\n")
+    if args.out:
+        for suffix, content in ((".md", markdown(rows)), (".json", text)):
+            with whole_file(Path(args.out) / f"scores_{args.split}{suffix}") as file:
+                file.write(content + "\n")
+    print(text if args.json == "-" else markdown(rows))
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())

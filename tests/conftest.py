@@ -1,0 +1,28 @@
+"""What several tests share: a tiny data set of drawn shapes, prepared once, and a tiny trained run on it."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import create_input_files
+from demo.shapes import draw_data_set
+
+ENCODER = "mobilenet_v3_small"  # the smallest of torchvision's, with random weights: fast on a CPU
+
+
+class Prepared(NamedTuple):
+    folder: Path      # what create_input_files.py wrote
+    name: str         # --data_name
+    pictures: Path    # the folder of picture files
+    json_path: Path   # Karpathy's layout
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Prepared:
+    folder = tmp_path_factory.mktemp("prepared")
+    json_path = draw_data_set(folder / "shapes", train=16, val=6, test=7)
+    pictures = folder / "shapes" / "images"
+    name = create_input_files.create_input_files("shapes", json_path, pictures, 5, 0, folder / "data", 50, workers=2)
+    return Prepared(folder / "data", name, pictures, json_path)

@@ -1,0 +1,412 @@
+"""Training in two stages: first the decoder on a frozen encoder, then both, from the best checkpoint of the first.
+
+    python train.py                                        # both stages, on the GPU if there is one
+    torchrun --nproc_per_node=8 train.py                   # eight GPUs, and a batch eight times as large
+    python train.py --checkpoint checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar             # go on
+
+Each epoch ends with a validation, a line in log_*.jsonl, the curves as a picture, and a checkpoint.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datasets import PREPROCESSING, CaptionDataset, EpochSampler, check_pixels, load_word_map, normalize
+from eval import bleu, measure, validate
+from models import DecoderWithAttention, Encoder, build_models
+from utils import (
+    InputError,
+    Processes,
+    adjust_learning_rate,
+    autocast,
+    broadcast,
+    broadcast_tensors,
+    load_checkpoint,
+    load_embeddings,
+    progress,
+    run_script,
+    save_checkpoint,
+    setup_processes,
+    sum_gradients,
+    whole_file,
+)
+
+PATIENCE = 20                    # a stage ends after so many epochs without a better BLEU-4
+DECAY_EVERY, DECAY = 8, 0.8      # the learning rates shrink after so many, by this factor
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Data
+    add = parser.add_argument_group("data").add_argument
+    add("--data_folder", default="data", metavar="DIR", help="what create_input_files.py made (default: data)")
+    add("--data_name", default="coco_5_cap_per_img_5_min_word_freq", metavar="NAME",
+        help="base name of those files (default: coco_5_cap_per_img_5_min_word_freq)")
+    add("--output_folder", default=".", metavar="DIR", help="checkpoints, log, curves (default: this folder)")
+    # Model
+    add = parser.add_argument_group("model").add_argument
+    add("--encoder", default="resnet101", metavar="NAME",
+        help="a convolutional torchvision model, efficientnet_lite0 or efficientnet_lite2 (default: resnet101)")
+    add("--encoder_weights", default="IMAGENET1K_V1", metavar="NAME|FILE|none",
+        help="torchvision's name, a file, or none for random ones (default: IMAGENET1K_V1)")
+    add("--encoded_image_size", type=int, default=14, metavar="N",
+        help="the encoder's map is brought to N x N pixels (default: 14)")
+    add("--emb_dim", type=int, default=512, help="size of the word embeddings (default: 512)")
+    add("--attention_dim", type=int, default=512, help="size of the attention network (default: 512)")
+    add("--decoder_dim", type=int, default=512, help="size of the LSTM (default: 512)")
+    add("--dropout", type=float, default=0.5, help="before the vocabulary layer (default: 0.5)")
+    add("--embeddings", metavar="FILE", help="pretrained word vectors in GloVe's text format; sets --emb_dim")
+    add("--freeze_embeddings", action="store_true", help="leave the pretrained word vectors as they are")
+    # Training
+    add = parser.add_argument_group("training").add_argument
+    add("--stage", choices=("1", "2", "both"), default="both",
+        help="1: decoder only; 2: fine-tuning of the encoder too, from --checkpoint; both in turn (default: both)")
+    add("--fine_tune_encoder", action="store_const", const="2", dest="stage", help="the same as --stage 2")
+    add("--epochs", type=int, nargs="+", default=[20, 120], metavar="N", help="at most, by stage (default: 20 120)")
+    add("--batch_size", type=int, nargs="+", default=[80, 32], metavar="N",
+        help="captions per process, by stage (default: 80 32)")
+    add("--whole_images", action="store_true",
+        help="batches of pictures with all their captions: each picture is encoded once an epoch, not once a caption")
+    add("--encoder_lr", type=float, default=1e-4, help="Adam's rate for the encoder (default: 1e-4)")
+    add("--decoder_lr", type=float, default=4e-4, help="Adam's rate for the decoder (default: 4e-4)")
+    add("--grad_clip", type=float, default=5.0, help="gradients are cut off at plus and minus this (default: 5)")
+    add("--alpha_c", type=float, default=1.0, help="weight of the doubly stochastic term (default: 1)")
+    add("--scheduled_sampling", type=float, default=0.0, metavar="P",
+        help="probability of feeding the model's own word, reached linearly at a stage's last epoch (default: 0)")
+    add("--seed", type=int, default=0, help="of weights, order of captions and dropout (default: 0)")
+    # Running
+    add = parser.add_argument_group("running").add_argument
+    add("--checkpoint", metavar="FILE", help="go on from here")
+    add("--checkpoint_minutes", type=float, default=15, metavar="M", help="save within an epoch too (default: 15)")
+    add("--workers", type=int, default=1, metavar="N", help="processes reading pictures (default: 1)")
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on cuda, else float32)")
+    add("--print_freq", type=int, default=100, metavar="N", help="batches between two looks at the loss (default: 100)")
+    return parser
+
+
+class Run(NamedTuple):
+    """What stays the same from beginning to end."""
+
+    args: argparse.Namespace
+    processes: Processes
+    precision: str
+    say: Callable[..., None]      # print, on the first process
+    word_map: dict[str, int]
+    train: CaptionDataset
+    val: CaptionDataset
+    val_references: list[list[list[str]]]
+
+
+class Learner(NamedTuple):
+    """What learns, and what teaches it."""
+
+    encoder: Encoder
+    decoder: DecoderWithAttention
+    optimizers: dict[str, torch.optim.Optimizer]  # "decoder", and "encoder" in stage 2
+    arguments: dict[str, Any]                     # rebuild encoder and decoder
+
+
+def main(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Trains, and returns the rows of the log."""
+    check_arguments(args)
+    processes, precision = setup_processes(args.device, args.precision)
+    word_map = load_word_map(args.data_folder, args.data_name)
+    train, val = (CaptionDataset(args.data_folder, args.data_name, split) for split in ("TRAIN", "VAL"))
+    check_pixels(train.images, str(train.path))
+    run = Run(args, processes, precision, print if processes.rank == 0 else lambda *_: None, word_map, train, val,
+              val.references(word_map))
+
+    start = first_checkpoint(run)
+    begun = start["training"]["stage"] if start and start["training"] else 0
+    rows: list[dict[str, Any]] = []
+    for stage in (1, 2) if args.stage == "both" else (int(args.stage),):
+        if stage < begun:
+            continue
+        if stage == 2 and args.stage == "both" and begun < 2:
+            start = read_checkpoint(output_path(args, "BEST_checkpoint_"), run)
+        rows = run_stage(stage, start, run)
+    return rows
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses what cannot work before anything is loaded."""
+    for name in ("epochs", "batch_size"):
+        values = getattr(args, name)
+        if not 1 <= len(values) <= 2 or min(values) < 1:
+            raise InputError(f"--{name} takes one number for both stages or two, one for each, 1 or more")
+    if not 0 <= args.dropout < 1 or not 0 <= args.scheduled_sampling <= 1:
+        raise InputError("--dropout is from 0 to below 1, --scheduled_sampling from 0 to 1")
+    if args.freeze_embeddings and not args.embeddings and not args.checkpoint:
+        raise InputError("--freeze_embeddings freezes pretrained embeddings; name their file with --embeddings")
+    if args.stage == "2" and not args.checkpoint:
+        raise InputError("--stage 2 fine-tunes what stage 1 trained; name its best checkpoint with --checkpoint")
+    there = output_path(args, "checkpoint_")
+    if there.exists() and not args.checkpoint:
+        raise InputError(f"{there} holds a run already: go on with --checkpoint {there}, or name another "
+                         "--output_folder for a new one")
+    if there.exists() and there.resolve().parent != Path(args.checkpoint).resolve().parent:
+        raise InputError(f"{there} belongs to another run than {args.checkpoint}; name another --output_folder")
+
+
+def output_path(args: argparse.Namespace, prefix: str, suffix: str = ".pth.tar") -> Path:
+    return Path(args.output_folder) / f"{prefix}{args.data_name}{suffix}"
+
+
+def first_checkpoint(run: Run) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if one is named. Says which flags are not those that it was made with."""
+    if run.args.checkpoint is None:
+        return None
+    start = read_checkpoint(run.args.checkpoint, run)
+    if start["training"]:
+        if start["training"]["stage"] == 2 and run.args.stage == "1":
+            raise InputError(f"{run.args.checkpoint} is in stage 2 already; go on without --stage 1")
+        harmless = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "stage",
+                    "print_freq", "epochs", "encoder", "encoder_weights", "encoded_image_size", "embeddings", "emb_dim",
+                    "attention_dim", "decoder_dim"}  # the model's own come from the checkpoint
+        before = start["training"]["args"]
+        changed = [f"--{name} {value} (was {before[name]})" for name, value in vars(run.args).items()
+                   if name not in harmless and value != before.get(name, value)]
+        if changed:
+            run.say(f"going on with other flags than before: {', '.join(changed)}")
+    return start
+
+
+def read_checkpoint(path: str | Path, run: Run) -> dict[str, Any]:
+    """A checkpoint, read by the first process for all (other nodes need not see the file)."""
+    state = broadcast(load_checkpoint(path, run.word_map) if run.processes.rank == 0 else None, run.processes)
+    if state["word_map"] != run.word_map:
+        raise InputError(f"{path} was trained with {len(state['word_map'])} words, the data have {len(run.word_map)}, "
+                         "or others in another order; train on the data that it was made for")
+    return state
+
+
+def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[str, Any]]:
+    """Epochs of training and validation until there is no more progress; returns the rows of the log."""
+    args, processes = run.args, run.processes
+    epochs, batch_size = (values[min(stage, len(values)) - 1] for values in (args.epochs, args.batch_size))
+    learner = make_learner(stage, start, run)
+    state = stage_state(stage, start)
+    sampler = EpochSampler(len(run.train), batch_size, 2 * args.seed + stage, processes.rank, processes.world_size,
+                           run.train.cpi if args.whole_images else 1)
+    loader = DataLoader(run.train, batch_sampler=sampler, num_workers=args.workers,
+                        pin_memory=processes.device.type == "cuda")
+    run.say(f"stage {stage} ({'encoder too' if stage == 2 else 'decoder only'}): {len(run.train)} captions in "
+            f"{sampler.steps} batches, {processes.world_size} x {processes.device} in {run.precision}; begins at epoch "
+            f"{state['epoch'] + 1}, batch {state['step'] + 1}; best BLEU-4 so far {state['best_bleu4']:.2f}, "
+            f"{state['epochs_since_improvement']} epochs without a better one")
+
+    while state["epoch"] < epochs and state["epochs_since_improvement"] < PATIENCE:
+        sampling = args.scheduled_sampling * state["epoch"] / max(epochs - 1, 1)
+        row = train_epoch(run, learner, loader, sampler, state, sampling)
+        row |= validate_epoch(run, learner, batch_size)
+        row["seconds"] += row.pop("val_seconds")
+        improved = row["bleu4"] > state["best_bleu4"]
+        state |= {"epoch": state["epoch"] + 1, "step": 0, "sums": [0.0] * 5, "seconds": 0.0,
+                  "epochs_since_improvement": 0 if improved else state["epochs_since_improvement"] + 1,
+                  "best_bleu4": max(row["bleu4"], state["best_bleu4"]), "log": [*state["log"], row]}
+        if not improved and state["epochs_since_improvement"] % DECAY_EVERY == 0:
+            for optimizer in learner.optimizers.values():
+                adjust_learning_rate(optimizer, DECAY)
+        save(run, learner, state, improved)
+        run.say(f"stage {stage}, epoch {state['epoch']} of {epochs}: train loss {row['train_loss']:.3f}, val loss "
+                f"{row['val_loss']:.3f} ({row['val_cross_entropy']:.3f} words, {row['val_doubly_stochastic']:.3f} "
+                f"attention), top-5 {row['val_top5']:.1f} %, BLEU-4 {row['bleu4']:.2f} generated "
+                f"({row['bleu4_teacher_forced']:.2f} teacher-forced), best {state['best_bleu4']:.2f}, "
+                f"{row['seconds']:.0f} s")
+    why = "all its epochs are done" if state["epoch"] >= epochs else f"no better BLEU-4 for {PATIENCE} epochs"
+    run.say(f"stage {stage} is over, {why}. Best BLEU-4 {state['best_bleu4']:.2f}: "
+            f"{output_path(args, 'BEST_checkpoint_')}")
+    return state["log"]
+
+
+def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
+    """Models and optimizers, new ones or those of a checkpoint; the same on every process."""
+    args, processes = run.args, run.processes
+    torch.manual_seed(args.seed)
+    if start:
+        arguments = {**start["model"], "dropout": args.dropout}
+        encoder, decoder = build_models({**start, "model": arguments})
+    else:
+        encoder, decoder, arguments = new_models(run)
+    encoder.fine_tune(stage == 2)
+    decoder.fine_tune_embeddings(not args.freeze_embeddings)
+    encoder, decoder = encoder.to(processes.device), decoder.to(processes.device)
+    encoder = encoder.to(memory_format=torch.channels_last)  # the order of numbers that convolutions are fastest with
+    broadcast_tensors([*encoder.state_dict().values(), *decoder.state_dict().values()], processes)
+    learning: dict[str, tuple[torch.nn.Module, float]] = {"decoder": (decoder, args.decoder_lr)}
+    if stage == 2:
+        learning["encoder"] = (encoder, args.encoder_lr)
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        name: torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr)
+        for name, (model, lr) in learning.items()}
+    states = start["training"]["optimizers"] if start and start["training"] else {}
+    for name in optimizers.keys() & states.keys():
+        optimizers[name].load_state_dict(states[name])
+    return Learner(encoder, decoder, optimizers, arguments)
+
+
+def new_models(run: Run) -> tuple[Encoder, DecoderWithAttention, dict[str, Any]]:
+    """An encoder with pretrained weights, a decoder with random ones, and the arguments that rebuild them."""
+    args = run.args
+    weights: Any = args.encoder_weights
+    if weights == "none" or run.processes.rank > 0:  # the first process's weights go to the others
+        weights = None
+    elif Path(weights).is_file():
+        weights = torch.load(weights, map_location="cpu", weights_only=True)
+    try:
+        encoder = Encoder(args.encoded_image_size, args.encoder, weights)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--encoder {args.encoder} --encoder_weights {args.encoder_weights}: {error}") from error
+    embed_dim = args.emb_dim
+    if args.embeddings:
+        embeddings, found = load_embeddings(args.embeddings, run.word_map)
+        embed_dim = embeddings.size(1)
+        run.say(f"{args.embeddings}: {found} of {len(run.word_map)} words found, with {embed_dim} numbers each")
+    arguments = {"attention_dim": args.attention_dim, "embed_dim": embed_dim, "decoder_dim": args.decoder_dim,
+                 "vocab_size": len(run.word_map), "encoder_dim": encoder.encoder_dim, "dropout": args.dropout}
+    decoder = DecoderWithAttention(**arguments)
+    if args.embeddings:
+        decoder.load_pretrained_embeddings(embeddings)
+    return encoder, decoder, {"encoder": args.encoder, "encoded_image_size": encoder.enc_image_size, **arguments}
+
+
+def stage_state(stage: int, start: dict[str, Any] | None) -> dict[str, Any]:
+    """Where the stage stands: where a checkpoint of the same stage left it, or at its beginning."""
+    before = start["training"] if start and start["training"] else {"stage": 0, "log": [], "best_bleu4": 0.0}
+    if before["stage"] == stage:
+        return {name: value for name, value in before.items() if name not in {"optimizers", "args"}}
+    return {"stage": stage, "epoch": 0, "step": 0, "sums": [0.0] * 5, "seconds": 0.0, "epochs_since_improvement": 0,
+            "best_bleu4": before["best_bleu4"], "log": before["log"]}
+
+
+def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSampler, state: dict[str, Any],
+                sampling: float) -> dict[str, Any]:
+    """One pass over the captions, or what is left of it; returns the first half of the log's row."""
+    args, stage, epoch = run.args, state["stage"], state["epoch"]
+    sampler.epoch, sampler.first_step = epoch, state["step"]
+    learner.decoder.train()
+    sums = torch.tensor(state["sums"], dtype=torch.float64, device=run.processes.device)
+    saved = ready = time.monotonic()
+    began, waited = ready - state["seconds"], 0.0
+    bar = progress(None, f"stage {stage}, epoch {epoch + 1}", "batch", run.processes.rank == 0, total=sampler.steps,
+                   initial=sampler.first_step)
+    for step, batch in enumerate(loader, sampler.first_step):
+        waited += time.monotonic() - ready
+        # Seeded by its place, a step draws the same dropout whether or not the run was interrupted before it.
+        torch.manual_seed(zlib.crc32(repr((args.seed, stage, epoch, step, run.processes.rank)).encode()))
+        sums += train_step(run, learner, batch, sampling, sampler.counts(step))
+        bar.update()
+        ready = time.monotonic()
+        if step % args.print_freq == 0:  # reading the sums waits for the GPU
+            seen, seconds = sums.tolist(), ready - began
+            bar.set_postfix({"loss": f"{loss_of(seen, args.alpha_c):.3f}", "captions/s": f"{seen[4] / seconds:.0f}",
+                             "waiting for data": f"{waited / seconds:.0%}"})
+        if ready - saved > 60 * args.checkpoint_minutes:
+            save(run, learner, {**state, "step": step + 1, "sums": sums.tolist(), "seconds": ready - began})
+            saved = time.monotonic()
+    bar.close()
+    return {"stage": stage, "epoch": epoch + 1, "train_loss": loss_of(sums.tolist(), args.alpha_c),
+            "captions_per_second": len(run.train) / (time.monotonic() - began), "seconds": time.monotonic() - began,
+            "decoder_lr": learner.optimizers["decoder"].param_groups[0]["lr"]}
+
+
+def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: float, counts: bool) -> Tensor:
+    """One step of gradient descent; returns the batch's sums over all processes, as `measure` orders them."""
+    images, captions, lengths = batch
+    device, args = run.processes.device, run.args
+    with autocast(device, run.precision):
+        same = run.train.cpi if args.whole_images else 1                        # rows in turn with the same picture
+        features = learner.encoder(normalize(images[::same], device)).repeat_interleave(same, 0)  # (N, 14, 14, C)
+        sums = measure(*learner.decoder(features, captions.to(device), lengths.to(device), sampling)) * counts
+    totals = sums.detach().double()
+    if run.processes.world_size > 1:
+        dist.all_reduce(totals)
+    # Divided by what all processes hold, the processes' losses add up to the loss of the whole batch.
+    loss = sums[0] / totals[3] + args.alpha_c * sums[1] / totals[4]
+    if not loss.isfinite():
+        raise InputError(f"the loss is {loss.item()} (words {sums[0].item()}, attention {sums[1].item()}): is a "
+                         "learning rate too high? The last checkpoint is good")
+
+    parameters = [each for optimizer in learner.optimizers.values() for group in optimizer.param_groups
+                  for each in group["params"]]
+    for optimizer in learner.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if run.processes.world_size > 1:
+        sum_gradients(parameters)
+    torch.nn.utils.clip_grad_value_(parameters, args.grad_clip)
+    for optimizer in learner.optimizers.values():
+        optimizer.step()
+    return totals
+
+
+def validate_epoch(run: Run, learner: Learner, batch_size: int) -> dict[str, Any]:
+    """The second half of the log's row, with three captions to look at on the way."""
+    began = time.monotonic()
+    sums, forced_bleu4, captions = validate(learner.encoder, learner.decoder, run.val, run.word_map, run.processes,
+                                            run.precision, max(1, batch_size // run.val.cpi), run.args.workers)
+    for i in (0, len(captions) // 3, 2 * len(captions) // 3):
+        run.say(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})")
+    return {"val_loss": loss_of(sums, run.args.alpha_c), "val_cross_entropy": sums[0] / sums[3],
+            "val_doubly_stochastic": sums[1] / sums[4], "val_top5": 100 * sums[2] / sums[3],
+            "bleu4": bleu(run.val_references, captions)[3], "bleu4_teacher_forced": forced_bleu4,
+            "val_seconds": time.monotonic() - began}
+
+
+def loss_of(sums: list[float], alpha_c: float) -> float:
+    """The loss per word and caption, from the sums of `measure`."""
+    return sums[0] / sums[3] + alpha_c * sums[1] / sums[4]
+
+
+def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = False) -> None:
+    """Checkpoint, log and curves. The best first: a run killed in between repeats the epoch, and writes it again."""
+    if run.processes.rank > 0:
+        return
+    scores = state["log"][-1] if state["log"] else {}
+    optimizers = {name: optimizer.state_dict() for name, optimizer in learner.optimizers.items()}
+    checkpoint = {"encoder": learner.encoder.state_dict(), "decoder": learner.decoder.state_dict(),
+                  "word_map": run.word_map, "model": learner.arguments, "preprocessing": PREPROCESSING,
+                  "scores": scores, "training": {**state, "optimizers": optimizers, "args": vars(run.args)}}
+    for prefix in ("BEST_checkpoint_", "checkpoint_") if improved else ("checkpoint_",):
+        save_checkpoint(output_path(run.args, prefix), checkpoint)
+    if state["log"]:
+        with whole_file(output_path(run.args, "log_", ".jsonl")) as file:
+            file.writelines(json.dumps(row) + "\n" for row in state["log"])
+        draw_curves(state["log"], output_path(run.args, "curves_", ".png"))
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Losses and scores by epoch, with a line where fine-tuning begins."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    epochs = range(1, len(rows) + 1)
+    for axes, curves in ((losses, {"train_loss": "train", "val_loss": "validation"}),
+                         (scores, {"bleu4": "generated", "bleu4_teacher_forced": "teacher-forced"})):
+        for key, label in curves.items():
+            axes.plot(epochs, [row[key] for row in rows], label=label, marker=".")
+        first_stage = sum(row["stage"] == 1 for row in rows)
+        if 0 < first_stage < len(rows):
+            axes.axvline(first_stage + 0.5, color="grey", linestyle=":", label="fine-tuning begins")
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+    losses.set_title("loss")
+    scores.set_title("BLEU-4 on the validation split")
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())
