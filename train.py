@@ -136,6 +136,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         if stage == 2 and args.stage == "both" and begun < 2:
             start = read_checkpoint(output_path(args, "BEST_checkpoint_"), run)
+            start["training"]["log"] = rows  # with the epochs after the best one
         rows = run_stage(stage, start, run)
     return rows
 
@@ -204,8 +205,8 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
                         pin_memory=processes.device.type == "cuda")
     run.say(f"stage {stage} ({'encoder too' if stage == 2 else 'decoder only'}): {len(run.train)} captions in "
             f"{sampler.steps} batches, {processes.world_size} x {processes.device} in {run.precision}; begins at epoch "
-            f"{state['epoch'] + 1}, batch {state['step'] + 1}; best BLEU-4 so far {state['best_bleu4']:.2f}, "
-            f"{state['epochs_since_improvement']} epochs without a better one")
+            f"{state['epoch'] + 1}, batch {state['step'] + 1}; best BLEU-4 so far "
+            f"{max(state['best_bleu4'], 0):.2f}, {state['epochs_since_improvement']} epochs without a better one")
 
     while state["epoch"] < epochs and state["epochs_since_improvement"] < PATIENCE:
         sampling = args.scheduled_sampling * state["epoch"] / max(epochs - 1, 1)
@@ -284,7 +285,7 @@ def new_models(run: Run) -> tuple[Encoder, DecoderWithAttention, dict[str, Any]]
 
 def stage_state(stage: int, start: dict[str, Any] | None) -> dict[str, Any]:
     """Where the stage stands: where a checkpoint of the same stage left it, or at its beginning."""
-    before = start["training"] if start and start["training"] else {"stage": 0, "log": [], "best_bleu4": 0.0}
+    before = start["training"] if start and start["training"] else {"stage": 0, "log": [], "best_bleu4": -1.0}
     if before["stage"] == stage:
         return {name: value for name, value in before.items() if name not in {"optimizers", "args"}}
     return {"stage": stage, "epoch": 0, "step": 0, "sums": [0.0] * 5, "seconds": 0.0, "epochs_since_improvement": 0,

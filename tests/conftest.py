@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import create_input_files
 from demo.shapes import draw_data_set
+
+torch.set_num_threads(1)  # at these sizes threads only wait for each other
 
 ENCODER = "mobilenet_v3_small"  # the smallest of torchvision's, with random weights: fast on a CPU
 

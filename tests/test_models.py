@@ -1,0 +1,308 @@
+"""The models against the reference numbers of the published arithmetic, and the search against plain versions."""
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models import Attention, DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
+
+FIXTURES = Path(__file__).parent / "fixtures"
+WORDS = {"<pad>": 0, "a": 1, "b": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
+
+
+def load(name: str) -> dict[str, torch.Tensor]:
+    with np.load(FIXTURES / name) as arrays:
+        return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays}
+
+
+def reference_decoder(numbers: dict[str, torch.Tensor]) -> DecoderWithAttention:
+    """A decoder of the reference's sizes, with its weights."""
+    weights = {key.removeprefix("weight/"): value for key, value in numbers.items() if key.startswith("weight/")}
+    vocab_size, embed_dim = weights["embedding.weight"].shape
+    attention_dim, encoder_dim = weights["attention.encoder_att.weight"].shape
+    decoder_dim = weights["init_h.weight"].shape[0]
+    decoder = DecoderWithAttention(attention_dim, embed_dim, decoder_dim, vocab_size, encoder_dim, dropout=0.0)
+    decoder.load_state_dict(weights)
+    return decoder.eval()
+
+
+def random_decoder(seed: int, bias: float = 0.0, vocab_size: int = 6) -> tuple[DecoderWithAttention, torch.Tensor]:
+    """A tiny decoder with large random weights, and features of three pictures; `bias` is added to <end>."""
+    torch.manual_seed(seed)
+    decoder = DecoderWithAttention(5, 4, 6, vocab_size, encoder_dim=7).eval()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter)
+    decoder.fc.bias.data[WORDS["<end>"]] += bias
+    return decoder, torch.randn(3, 2, 2, 7)
+
+
+@pytest.mark.parametrize("name", ["small", "uneven"])
+def test_teacher_forcing_gives_the_reference_numbers(name: str) -> None:
+    """Scores, alphas, both losses and every gradient."""
+    numbers = load(f"{name}.npz")
+    decoder = reference_decoder(numbers)
+    scores, captions, lengths, alphas, order = decoder(numbers["feats"], numbers["captions"],
+                                                       numbers["caption_lengths"])
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(scores, numbers["scores_sorted"], **close)
+    torch.testing.assert_close(alphas, numbers["alphas_sorted"], **close)
+    assert order.tolist() == numbers["sort_ind"].tolist()
+    assert lengths == numbers["decode_lengths_sorted"].tolist()
+    assert torch.equal(captions, numbers["captions"][order])
+
+    real = torch.arange(scores.size(1)) < torch.tensor(lengths).unsqueeze(1)
+    cross_entropy = F.cross_entropy(scores[real], captions[:, 1:][:, :scores.size(1)][real])
+    doubly = doubly_stochastic(alphas).mean()
+    assert cross_entropy.item() == pytest.approx(numbers["cross_entropy"].item(), rel=1e-5)
+    assert doubly.item() == pytest.approx(numbers["doubly_stochastic"].item(), rel=1e-5)
+    (cross_entropy + doubly).backward()
+    for key, parameter in decoder.named_parameters():
+        torch.testing.assert_close(parameter.grad, numbers[f"grad/{key}"], **close)
+
+
+@pytest.mark.parametrize("beam_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", ["small", "uneven"])
+def test_every_beam_is_the_reference_sequence(name: str, beam_size: int) -> None:
+    """All pictures in one batch, and one by one."""
+    decoder, features = reference_decoder(load(f"{name}.npz")), load(f"{name}_beams.npz")["feats"]
+    reference = json.loads((FIXTURES / f"{name}_beams.json").read_text())
+    word_map = reference["word_map"]
+
+    def search(pictures: torch.Tensor) -> list[Hypothesis]:
+        return [best[0] for best in decoder.beam_search(pictures, word_map, beam_size, forbidden=())]
+
+    together = search(features)
+    alone = [search(picture.unsqueeze(0))[0] for picture in features]
+    for expected, batched, single in zip(reference["beams"][str(beam_size)], together, alone, strict=True):
+        assert batched.sequence == single.sequence
+        if expected is None:  # the published code crashes here
+            assert not batched.finished
+            assert len(batched.sequence) == 52
+        else:
+            assert batched.finished
+            assert batched.sequence == expected["sequence"]
+            assert batched.log_prob == pytest.approx(expected["log_prob"], abs=1e-4)
+            assert single.log_prob == pytest.approx(expected["log_prob"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["small", "uneven"])
+def test_a_hypothesis_carries_the_reference_alphas(name: str) -> None:
+    beams = load(f"{name}_beams.npz")
+    word_map = json.loads((FIXTURES / f"{name}_beams.json").read_text())["word_map"]
+    found = reference_decoder(load(f"{name}.npz")).beam_search(beams["feats"], word_map, 3, forbidden=())[0][0]
+    torch.testing.assert_close(found.alphas, beams["alphas_image0_beam3"].flatten(1), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_weights_sum_to_one_and_weigh_the_features() -> None:
+    torch.manual_seed(0)
+    features, hidden = torch.randn(2, 9, 5), torch.randn(2, 4)
+    context, alpha = Attention(5, 4, 3)(features, hidden)
+    torch.testing.assert_close(alpha.sum(dim=1), torch.ones(2))
+    torch.testing.assert_close(context, (features * alpha.unsqueeze(2)).sum(dim=1))
+
+
+def test_several_hypotheses_of_a_picture_attend_as_if_alone() -> None:
+    torch.manual_seed(0)
+    attention, features, hidden = Attention(5, 4, 3), torch.randn(2, 9, 5), torch.randn(6, 4)
+    torch.testing.assert_close(attention(features, hidden), attention(features.repeat_interleave(3, 0), hidden))
+
+
+def step_scores(decoder: DecoderWithAttention, features: torch.Tensor, words: list[int]) -> torch.Tensor:
+    """Log-probabilities (V,) of the word after `words` for one picture, without any of the search's machinery."""
+    pixels = features.flatten(1, 2)
+    h, c = decoder.init_hidden_state(pixels)
+    for word in words:
+        context, _ = decoder.attention(pixels, h)
+        gated = torch.sigmoid(decoder.f_beta(h)) * context
+        h, c = decoder.decode_step(torch.cat([decoder.embedding(torch.tensor([word])), gated], dim=1), (h, c))
+    return decoder.fc(h).log_softmax(dim=1)[0].detach()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_beam_one_is_greedy(seed: int) -> None:
+    decoder, features = random_decoder(seed)
+    for picture, found in zip(features, decoder.beam_search(features, WORDS, 1, max_len=8, forbidden=()), strict=True):
+        words = [WORDS["<start>"]]
+        while len(words) < 9 and words[-1] != WORDS["<end>"]:
+            words.append(step_scores(decoder, picture.unsqueeze(0), words).argmax().item())
+        assert found[0].sequence == words
+        assert found[0].finished == (words[-1] == WORDS["<end>"])
+
+
+def test_a_wide_beam_finds_the_best_of_all_captions() -> None:
+    """Against every sentence of up to three words that there is, forbidden words left out."""
+    decoder, features = random_decoder(1)
+    speakable = [WORDS["a"], WORDS["b"], WORDS["<unk>"]]
+    for picture, found in zip(features, decoder.beam_search(features, WORDS, 40, max_len=4, n_best=5), strict=True):
+        scored = []
+        for length in range(4):
+            for middle in itertools.product(speakable, repeat=length):
+                words, total = [WORDS["<start>"]], 0.0
+                for word in (*middle, WORDS["<end>"]):
+                    scores = step_scores(decoder, picture.unsqueeze(0), words)
+                    total += scores[word].item()
+                    words.append(word)
+                scored.append((total, words))
+        scored.sort(reverse=True)
+        assert [each.sequence for each in found] == [words for _, words in scored[:5]]
+        assert [each.log_prob for each in found] == pytest.approx([total for total, _ in scored[:5]], abs=1e-4)
+
+
+def test_forbidden_words_are_never_said() -> None:
+    decoder, features = random_decoder(0)
+    decoder.fc.bias.data[[WORDS["<start>"], WORDS["<pad>"]]] += 50  # it would say nothing else
+    for found in decoder.beam_search(features, WORDS, 3, max_len=6, n_best=3):
+        for each in found:
+            assert not {WORDS["<start>"], WORDS["<pad>"]} & set(each.sequence[1:])
+
+
+@pytest.mark.parametrize("beam_size", [1, 3, 5])
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_a_model_that_never_ends_gives_its_best_unfinished_caption(beam_size: int, pictures: int) -> None:
+    decoder, features = random_decoder(0, bias=-torch.inf)
+    for found in decoder.beam_search(features[:pictures], WORDS, beam_size, max_len=7):
+        assert not found[0].finished
+        assert len(found[0].sequence) == len(found[0].alphas) == 8
+
+
+def test_a_model_that_ends_at_once_gives_the_empty_caption() -> None:
+    decoder, features = random_decoder(0, bias=1e9)
+    for found in decoder.beam_search(features, WORDS, 3):
+        assert found[0].finished
+        assert found[0].sequence == [WORDS["<start>"], WORDS["<end>"]]
+
+
+def test_a_model_gone_wrong_gives_the_bare_start() -> None:
+    decoder, features = random_decoder(0)
+    decoder.fc.bias.data.fill_(torch.nan)
+    found = decoder.beam_search(features, WORDS, 3)
+    assert [each.sequence for best in found for each in best] == [[WORDS["<start>"]]] * 3
+
+
+def test_finished_captions_come_before_more_probable_unfinished_ones() -> None:
+    decoder, features = random_decoder(2, bias=-2)
+    for found in decoder.beam_search(features, WORDS, 5, max_len=3, n_best=5):
+        flags = [each.finished for each in found]
+        assert flags == sorted(flags, reverse=True)
+        assert [each.log_prob for each in found if each.finished] == sorted(
+            (each.log_prob for each in found if each.finished), reverse=True)
+
+
+def test_full_scheduled_sampling_feeds_the_models_own_words() -> None:
+    """With probability 1, only the first word of a caption still matters."""
+    decoder, features = random_decoder(0)
+    lengths = torch.full((3, 1), 6)
+    one = torch.tensor([[4, 1, 1, 1, 1, 5]] * 3)
+    other = torch.tensor([[4, 2, 3, 2, 1, 5]] * 3)
+    scores = [decoder(features, captions, lengths, sampling=1.0)[0] for captions in (one, other)]
+    torch.testing.assert_close(scores[0], scores[1])
+    words = [WORDS["<start>"]]
+    for t in range(5):
+        torch.testing.assert_close(scores[0][0, t].log_softmax(0), step_scores(decoder, features[:1], words))
+        words.append(scores[0][0, t].argmax().item())
+    forced = [decoder(features, captions, lengths)[0] for captions in (one, other)]
+    assert not torch.allclose(forced[0], forced[1])
+
+
+def test_doubly_stochastic_is_zero_where_every_pixel_was_looked_at_once() -> None:
+    alphas = torch.eye(4).unsqueeze(0)  # at step t all weight on pixel t
+    assert doubly_stochastic(alphas).tolist() == [0.0]
+    assert doubly_stochastic(alphas[:, :2]).tolist() == [0.5]  # half of the pixels were never looked at
+
+
+@pytest.mark.parametrize(("name", "encoder_dim"), [
+    ("resnet18", 512), ("vgg11", 512), ("efficientnet_b0", 1280), ("mobilenet_v3_small", 576), ("convnext_tiny", 768),
+    ("efficientnet_lite0", 1280)])
+def test_encoders_give_a_grid_of_features(name: str, encoder_dim: int) -> None:
+    encoder = Encoder(name=name)
+    with torch.inference_mode():
+        assert encoder(torch.zeros(1, 3, 256, 256)).shape == (1, 14, 14, encoder_dim)
+    assert encoder.encoder_dim == encoder_dim
+    learning = [any(each.requires_grad for each in layer.parameters()) for layer in encoder.resnet]
+    assert not any(learning)
+    encoder.fine_tune()
+    tuned = [all(each.requires_grad for each in layer.parameters()) for layer in encoder.resnet]
+    assert tuned.index(True) > 0 or not list(encoder.resnet[0].parameters())
+    assert all(tuned[encoder.first_tuned:])
+    assert not any(each.requires_grad for layer in encoder.resnet[:encoder.first_tuned] for each in layer.parameters())
+
+
+def test_of_a_resnet_blocks_two_to_four_are_tuned() -> None:
+    encoder = Encoder(name="resnet18")
+    encoder.fine_tune()
+    tuned = {key.split(".")[1] for key, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert tuned == {"5", "6", "7"}  # torchvision's layer2 to layer4
+    assert {key.split(".")[0] for key in encoder.state_dict()} == {"resnet"}
+
+
+def test_vgg_gives_the_papers_map() -> None:
+    """14 x 14 x 512 at the paper's input size, before the last pooling."""
+    with torch.inference_mode():
+        assert Encoder(name="vgg11").resnet(torch.zeros(1, 3, 224, 224)).shape == (1, 512, 14, 14)
+
+
+def test_an_encoder_stays_in_eval_mode() -> None:
+    encoder = Encoder(name="mobilenet_v3_small")
+    encoder.fine_tune()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    encoder.train()
+    encoder(torch.randn(4, 3, 64, 64))
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "no_such_model"])
+def test_what_has_no_convolutional_trunk_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Encoder(name=name)
+
+
+def test_weights_of_a_whole_classifier_are_taken_by_the_trunk() -> None:
+    import torchvision
+    classifier = torchvision.models.resnet18()
+    encoder = Encoder(name="resnet18", weights=classifier.state_dict())
+    assert torch.equal(encoder.resnet[0].weight, classifier.conv1.weight)
+
+
+def test_a_failed_download_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models.get_model", no_network)
+    with pytest.raises(OSError, match="--encoder_weights FILE"):
+        Encoder(weights="IMAGENET1K_V1")
+
+
+def test_lite_weights_come_from_their_package() -> None:
+    trained, random = (Encoder(name="efficientnet_lite0", weights=weights) for weights in ("IMAGENET1K_V1", None))
+    spread = trained.resnet[0].weight.std().item()
+    assert spread != random.resnet[0].weight.std().item()
+    assert torch.equal(trained.resnet[0].weight, Encoder(name="efficientnet_lite0", weights="any").resnet[0].weight)
+
+
+def test_embeddings_are_loaded_and_frozen() -> None:
+    decoder, _ = random_decoder(0)
+    vectors = torch.randn(6, 4)
+    decoder.load_pretrained_embeddings(vectors)
+    decoder.fine_tune_embeddings(False)
+    assert torch.equal(decoder.embedding.weight, vectors)
+    assert not decoder.embedding.weight.requires_grad
+    assert set(decoder.state_dict()) == {key.removeprefix("weight/") for key in load("small.npz") if "weight/" in key}
+
+
+def test_a_checkpoint_rebuilds_its_models() -> None:
+    decoder, _ = random_decoder(3)
+    encoder = Encoder(7, "mobilenet_v3_small")
+    arguments = {"encoder": "mobilenet_v3_small", "encoded_image_size": 7, "attention_dim": 5, "embed_dim": 4,
+                 "decoder_dim": 6, "vocab_size": 6, "encoder_dim": 7, "dropout": 0.5}
+    checkpoint = {"model": arguments, "encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
+    rebuilt = build_models(checkpoint)
+    picture = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(rebuilt[0](picture), encoder(picture))
+    assert all(torch.equal(value, rebuilt[1].state_dict()[key]) for key, value in decoder.state_dict().items())

@@ -1,0 +1,265 @@
+"""Training from the command line's arguments to its files: two stages, exact resumes, several processes."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ENCODER, Prepared
+from PIL import Image
+
+import train
+from datasets import load_word_map
+from models import Encoder
+from utils import InputError
+
+
+def flags(prepared: Prepared, folder: Path, *more: object) -> list[str]:
+    """A tiny model on 80 captions in 4 batches."""
+    values = ["--data_folder", prepared.folder, "--data_name", prepared.name, "--output_folder", folder,
+              "--encoder", ENCODER, "--encoder_weights", "none", "--encoded_image_size", 4, "--emb_dim", 8,
+              "--attention_dim", 8, "--decoder_dim", 16, "--batch_size", 20, "--whole_images", "--epochs", 2, 2,
+              "--decoder_lr", 0.01, "--workers", 0, "--device", "cpu", *more]
+    return [str(value) for value in values]
+
+
+def run(prepared: Prepared, folder: Path, *more: object) -> list[dict[str, Any]]:
+    return train.main(train.get_parser().parse_args(flags(prepared, folder, *more)))
+
+
+def load(folder: Path, prepared: Prepared, prefix: str = "checkpoint_") -> dict[str, Any]:
+    return torch.load(folder / f"{prefix}{prepared.name}.pth.tar", weights_only=True)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality bit for bit of nested dicts, lists and tensors, but for times."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        timed = {"seconds", "captions_per_second"}
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one.keys() - timed)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def assert_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Weights, optimizers, log and best score; only the flags may differ."""
+    for name in ("encoder", "decoder", "word_map", "model", "scores"):
+        assert same(one[name], other[name]), name
+    for name in one["training"].keys() - {"args", "seconds"}:
+        assert same(one["training"][name], other["training"][name]), name
+
+
+@pytest.fixture(scope="module")
+def straight(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of both stages that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(prepared, folder)
+    return folder
+
+
+def test_both_stages_leave_log_curves_and_checkpoints(prepared: Prepared, straight: Path) -> None:
+    rows = [json.loads(line) for line in (straight / f"log_{prepared.name}.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all({"train_loss", "val_loss", "bleu4", "seconds"} <= row.keys() for row in rows)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    for row in rows:
+        assert row["val_loss"] == pytest.approx(row["val_cross_entropy"] + row["val_doubly_stochastic"])
+    with Image.open(straight / f"curves_{prepared.name}.png") as curves:
+        assert curves.size[0] > curves.size[1] > 200
+    best = load(straight, prepared, "BEST_checkpoint_")
+    assert best["scores"]["bleu4"] == max(row["bleu4"] for row in rows)
+    assert best["word_map"] == load_word_map(prepared.folder, prepared.name)
+    assert best["preprocessing"]["image_size"] == 256
+    assert sorted(path.name for path in straight.iterdir()) == sorted(
+        f"{prefix}{prepared.name}{suffix}" for prefix, suffix in (
+            ("checkpoint_", ".pth.tar"), ("BEST_checkpoint_", ".pth.tar"), ("log_", ".jsonl"), ("curves_", ".png")))
+
+
+def test_a_frozen_encoder_is_frozen_bit_for_bit(prepared: Prepared, tmp_path: Path) -> None:
+    """Parameters and BatchNorm's buffers, after training steps and validation."""
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
+    torch.manual_seed(0)
+    assert same(dict(Encoder(4, ENCODER).state_dict()), dict(load(tmp_path, prepared)["encoder"]))
+
+
+def test_fine_tuning_changes_the_last_stages_alone(prepared: Prepared, straight: Path) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(4, ENCODER)
+    before, after = encoder.state_dict(), load(straight, prepared)["encoder"]
+    encoder.fine_tune()
+    tuned = {key for key, parameter in encoder.named_parameters() if parameter.requires_grad}
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed <= tuned  # no buffer, no early layer
+    assert len(changed) > len(tuned) / 2
+
+
+def test_the_second_stage_begins_with_the_best_of_the_first(prepared: Prepared, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([5.0, 3.0, 1.0, 1.0])
+    monkeypatch.setattr(train, "bleu", lambda *_: [0, 0, 0, next(scores)])
+    made: list[dict[str, Any]] = []
+    make_learner = train.make_learner
+    monkeypatch.setattr(train, "make_learner", lambda stage, start, run: made.append(start) or
+                        make_learner(stage, start, run))
+    run(prepared, tmp_path)
+    assert made[0] is None
+    assert made[1]["training"]["epoch"] == 1
+    assert load(tmp_path, prepared, "BEST_checkpoint_")["scores"]["bleu4"] == 5.0  # stage 2 was never better
+    assert load(tmp_path, prepared)["training"]["best_bleu4"] == 5.0
+
+
+def test_a_run_resumed_between_epochs_is_the_run_left_alone(prepared: Prepared, straight: Path, tmp_path: Path) -> None:
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
+    run(prepared, tmp_path, "--checkpoint", tmp_path / f"checkpoint_{prepared.name}.pth.tar")
+    assert_same_run(load(tmp_path, prepared), load(straight, prepared))
+    assert_same_run(load(tmp_path, prepared, "BEST_checkpoint_"), load(straight, prepared, "BEST_checkpoint_"))
+
+
+@pytest.mark.parametrize("steps", [3, 9, 14], ids=["stage 1", "second stage's start", "stage 2"])
+def test_a_run_resumed_within_an_epoch_is_the_run_left_alone(prepared: Prepared, straight: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(KeyboardInterrupt):
+            run(prepared, tmp_path, "--checkpoint_minutes", 0)
+    assert load(tmp_path, prepared)["training"]["step"] == steps % 4
+    run(prepared, tmp_path, "--checkpoint", tmp_path / f"checkpoint_{prepared.name}.pth.tar")
+    assert_same_run(load(tmp_path, prepared), load(straight, prepared))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    train_step, done = train.train_step, [0]
+
+    def step(*arguments: Any) -> torch.Tensor:
+        done[0] += 1
+        if done[0] > steps:
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", step)
+
+
+def test_the_order_of_captions_may_be_the_tutorials(prepared: Prepared, tmp_path: Path) -> None:
+    """Without --whole_images each caption is drawn alone, and the same number is seen."""
+    arguments = [each for each in flags(prepared, tmp_path, "--stage", 1, "--epochs", 1) if each != "--whole_images"]
+    rows = train.main(train.get_parser().parse_args(arguments))
+    assert rows[0]["train_loss"] > 0
+    assert load(tmp_path, prepared)["training"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("batch_size", [(20, 10), (30, 15)], ids=["even", "with a stopgap at the end"])
+def test_two_processes_give_the_losses_and_scores_of_one(prepared: Prepared, tmp_path: Path,
+                                                         batch_size: tuple[int, int]) -> None:
+    """One process with the doubled batch, in float32, and no dropout, which is drawn by each process for itself.
+
+    30 captions are 6 pictures: the last batch of the 16 has 4; of 15 to each of two, 3 pictures each.
+    """
+    options = ["--dropout", 0, "--epochs", 1]
+    alone = run(prepared, tmp_path / "one", *options, "--batch_size", batch_size[0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__,
+               *flags(prepared, tmp_path / "two", *options, "--batch_size", batch_size[1])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    together = [json.loads(line) for line in (tmp_path / "two" / f"log_{prepared.name}.jsonl").read_text().splitlines()]
+    for one, two in zip(alone, together, strict=True):
+        for name in ("train_loss", "val_loss", "val_top5", "bleu4", "bleu4_teacher_forced"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+
+
+def test_a_stage_ends_when_patience_is_spent_and_says_so(prepared: Prepared, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(train, "PATIENCE", 3)
+    monkeypatch.setattr(train, "DECAY_EVERY", 2)
+    monkeypatch.setattr(train, "bleu", lambda *_: [0, 0, 0, 1.0])
+    rows = run(prepared, tmp_path, "--stage", 1, "--epochs", 9)
+    assert len(rows) == 4  # the first is better than nothing, three are not better
+    assert [row["decoder_lr"] for row in rows] == pytest.approx([0.01, 0.01, 0.01, 0.008])
+    assert "no better BLEU-4 for 3 epochs" in capsys.readouterr().out
+    again = run(prepared, tmp_path, "--stage", 1, "--epochs", 9, "--checkpoint",
+                tmp_path / f"checkpoint_{prepared.name}.pth.tar")
+    assert len(again) == 4
+    assert "no better BLEU-4 for 3 epochs" in capsys.readouterr().out
+
+
+def test_pretrained_embeddings_set_the_size_and_stay_frozen(prepared: Prepared, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("red 1 2 3\ncircle 4 5 6\nzebra 7 8 9\n")
+    run(prepared, tmp_path / "out", "--embeddings", vectors, "--freeze_embeddings", "--stage", 1, "--epochs", 1)
+    state = load(tmp_path / "out", prepared)
+    assert state["model"]["embed_dim"] == 3
+    assert state["decoder"]["embedding.weight"][state["word_map"]["circle"]].tolist() == [4, 5, 6]
+    assert f"2 of {len(state['word_map'])} words found" in capsys.readouterr().out
+
+
+def test_scheduled_sampling_grows_to_its_probability(prepared: Prepared, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    train_step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, learner, batch, sampling, counts: seen.append(sampling) or
+                        train_step(run, learner, batch, sampling, counts))
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 3, "--scheduled_sampling", 0.5)
+    assert sorted(set(seen)) == [0.0, 0.25, 0.5]
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(prepared: Prepared, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
+    before = (tmp_path / f"checkpoint_{prepared.name}.pth.tar").read_bytes()
+    monkeypatch.setattr(train, "measure", lambda *_: torch.full((5,), torch.nan, requires_grad=True))
+    with pytest.raises(InputError, match="the loss is nan"):
+        run(prepared, tmp_path, "--checkpoint", tmp_path / f"checkpoint_{prepared.name}.pth.tar")
+    assert (tmp_path / f"checkpoint_{prepared.name}.pth.tar").read_bytes() == before
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--data_name", "nothing"], "no data set nothing"),
+    (["--data_folder", "nowhere"], "create_input_files.py"),
+    (["--stage", "2"], "--checkpoint"),
+    (["--epochs", "0"], "--epochs"),
+    (["--batch_size", "1", "2", "3"], "--batch_size"),
+    (["--dropout", "1"], "--dropout"),
+    (["--freeze_embeddings"], "--embeddings"),
+    (["--checkpoint", "nothing.pth.tar"], "no such checkpoint"),
+    (["--encoder", "no_such_network"], "no_such_network"),
+    (["--embeddings", "nothing.txt"], "nothing.txt"),
+    (["--device", "nonsense"], "--device")])
+def test_what_cannot_work_is_said_in_one_line(prepared: Prepared, tmp_path: Path, more: list[str],
+                                              message: str) -> None:
+    with pytest.raises((InputError, OSError), match=message):
+        run(prepared, tmp_path, *more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_not_overwritten_unasked(prepared: Prepared, straight: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds a run already"):
+        run(prepared, straight)
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
+    with pytest.raises(InputError, match="belongs to another run"):
+        run(prepared, straight, "--checkpoint", tmp_path / f"checkpoint_{prepared.name}.pth.tar")
+
+
+def test_going_on_with_other_flags_is_said(prepared: Prepared, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
+    run(prepared, tmp_path, "--stage", 1, "--alpha_c", 0.5, "--checkpoint",
+        tmp_path / f"checkpoint_{prepared.name}.pth.tar")
+    assert "--alpha_c 0.5 (was 1.0)" in capsys.readouterr().out
+
+
+def test_flags_are_the_tutorials_with_its_defaults() -> None:
+    values = vars(train.get_parser().parse_args([]))
+    expected: dict[str, Any] = {
+        "data_name": "coco_5_cap_per_img_5_min_word_freq", "emb_dim": 512, "attention_dim": 512, "decoder_dim": 512,
+        "dropout": 0.5, "workers": 1, "encoder_lr": 1e-4, "decoder_lr": 4e-4, "grad_clip": 5.0, "alpha_c": 1.0,
+        "print_freq": 100, "checkpoint": None, "encoder": "resnet101", "stage": "both", "output_folder": ".",
+        "epochs": [20, 120], "batch_size": [80, 32], "checkpoint_minutes": 15}
+    assert {name: values[name] for name in expected} == expected
+    assert train.get_parser().parse_args(["--fine_tune_encoder"]).stage == "2"
