@@ -55,8 +55,7 @@ def _torchvision_trunk(name: str, weights: str | dict[str, Tensor] | None) -> li
         raise ValueError(f"torchvision has no model {name} with weights {weights}: {error}") from error
     if isinstance(weights, dict):
         model.load_state_dict(weights)
-    layers = list(model.features if hasattr(model, "features") else model.children())
-    layers = layers if hasattr(model, "features") else layers[:-2]  # without average pooling and classifier
+    layers = list(model.features) if hasattr(model, "features") else list(model.children())[:-2]
     return layers[:-1] if isinstance(layers[-1], nn.MaxPool2d) else layers  # VGG: the paper's 14x14x512 map
 
 
@@ -195,7 +194,7 @@ class DecoderWithAttention(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def load_pretrained_embeddings(self, embeddings: Tensor) -> None:
-        """Replaces the word embeddings by `embeddings`, (V, E)."""
+        """Replaces the word embeddings by others, (V, E)."""
         self.embedding = nn.Embedding.from_pretrained(embeddings, freeze=False)
 
     def fine_tune_embeddings(self, fine_tune: bool = True) -> None:
@@ -287,55 +286,50 @@ class DecoderWithAttention(nn.Module):
         projected = self.attention.encoder_att(features)                        # (N, P, A)
         n_images, n_pixels, device = features.size(0), features.size(1), features.device
         h, c = (state.repeat_interleave(beam_size, 0) for state in self.init_hidden_state(features))  # (N * K, D)
-        pictures = torch.arange(n_images)                                       # which picture a row of the batch is
-        sequences = torch.full((n_images, beam_size, 1), start, device=device)  # (N, K, t)
-        alphas = torch.ones(n_images, beam_size, 1, n_pixels, device=device)    # (N, K, t, P)
-        # The first continuations come from one hypothesis, not from beam_size equal ones.
-        total = torch.full((n_images, beam_size), -torch.inf, device=device)    # (N, K), log-probability so far
+        sequences = torch.full((n_images * beam_size, 1), start, device=device)  # (N * K, t)
+        alphas = torch.ones(n_images * beam_size, 1, n_pixels, device=device)    # (N * K, t, P)
+        # Log-probabilities so far. The first words continue one hypothesis, not beam_size equal ones.
+        total = torch.full((n_images, beam_size), -torch.inf, device=device)    # (N, K)
         total[:, 0] = 0
         width = torch.full((n_images, 1), beam_size, device=device)             # hypotheses still growing
+        pictures = torch.arange(n_images, device=device)                        # those still in the batch
         done: list[list[Hypothesis]] = [[] for _ in range(n_images)]
 
+        def collect(chosen: Tensor, finished: bool) -> None:                    # chosen (N, K)
+            for row in chosen.flatten().nonzero().flatten().tolist():
+                done[pictures[row // beam_size]].append(Hypothesis(
+                    sequences[row].tolist(), total.flatten()[row].item(), finished, alphas[row].cpu()))
+
         for _ in range(max_len):
-            words = self.embedding(sequences[:, :, -1].flatten())               # (N * K, E)
-            h, c, alpha = self.step(words, features, projected, h, c)
+            h, c, alpha = self.step(self.embedding(sequences[:, -1]), features, projected, h, c)
             log_probs = self.fc(h).float().log_softmax(dim=1)                   # (N * K, V)
             log_probs[:, banned] = -torch.inf
-            candidates = total.unsqueeze(2) + log_probs.view(*total.shape, -1)  # (N, K, V)
-            total, best = candidates.flatten(1).topk(beam_size, dim=1)          # (N, K), best first
+            candidates = (total.view(-1, 1) + log_probs).view(len(total), -1)   # (N, K * V)
+            total, best = candidates.topk(beam_size, dim=1)                     # (N, K), best first
             parent, word = best // self.vocab_size, best % self.vocab_size
-            row = torch.arange(len(parent), device=device).unsqueeze(1)         # (N, 1)
-            h, c = (state.unflatten(0, parent.shape)[row, parent].flatten(0, 1) for state in (h, c))
-            sequences = torch.cat([sequences[row, parent], word.unsqueeze(2)], dim=2)
-            alpha = alpha.unflatten(0, parent.shape).unsqueeze(2)
-            alphas = torch.cat([alphas, alpha.to(alphas.dtype)], dim=2)[row, parent]
+            rows = (parent + beam_size * torch.arange(len(total), device=device).unsqueeze(1)).flatten()
+            h, c = h[rows], c[rows]
+            sequences = torch.cat([sequences[rows], word.view(-1, 1)], dim=1)
+            alphas = torch.cat([alphas, alpha.unsqueeze(1).to(alphas.dtype)], dim=1)[rows]
 
             growing = (torch.arange(beam_size, device=device) < width) & (total > -torch.inf)
             ended = growing & (word == end)
-            _collect(done, pictures, sequences, total, alphas, ended, finished=True)
+            collect(ended, finished=True)
             width = width - ended.sum(dim=1, keepdim=True)
             total = total.masked_fill(~growing | ended, -torch.inf)
             alive = (total > -torch.inf).any(dim=1)
             if not alive.all():
-                h, c = (state.unflatten(0, parent.shape)[alive].flatten(0, 1) for state in (h, c))
-                features, projected, sequences, alphas, total, width = (
-                    rows[alive] for rows in (features, projected, sequences, alphas, total, width))
-                pictures = pictures[alive.cpu()]
+                features, projected, total, width, pictures = (
+                    each[alive] for each in (features, projected, total, width, pictures))
+                of_rows = alive.repeat_interleave(beam_size)
+                h, c, sequences, alphas = (each[of_rows] for each in (h, c, sequences, alphas))
             if len(pictures) == 0:
                 break
 
-        _collect(done, pictures, sequences, total, alphas, total > -torch.inf, finished=False)
+        collect(total > -torch.inf, finished=False)
         silent = Hypothesis([start], -torch.inf, False, torch.ones(1, n_pixels))  # nothing could be said
         return [sorted(found, key=lambda each: (not each.finished, -each.log_prob))[:n_best] or [silent]
                 for found in done]
-
-
-def _collect(done: list[list[Hypothesis]], pictures: Tensor, sequences: Tensor, total: Tensor, alphas: Tensor,
-             chosen: Tensor, finished: bool) -> None:
-    """Appends the hypotheses that `chosen` (N, K) marks to their pictures' lists."""
-    for row, slot in chosen.nonzero().tolist():
-        done[pictures[row]].append(Hypothesis(sequences[row, slot].tolist(), total[row, slot].item(), finished,
-                                              alphas[row, slot].cpu()))
 
 
 def doubly_stochastic(alphas: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 import zlib
 from collections.abc import Callable
@@ -124,6 +125,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     processes, precision = setup_processes(args.device, args.precision)
     word_map = load_word_map(args.data_folder, args.data_name)
     train, val = (CaptionDataset(args.data_folder, args.data_name, split) for split in ("TRAIN", "VAL"))
+    if not (len(train) and len(val)):
+        raise InputError(f"{args.data_folder}: the splits TRAIN and VAL need pictures, and one of them has none")
     check_pixels(train.images, str(train.path))
     run = Run(args, processes, precision, print if processes.rank == 0 else lambda *_: None, word_map, train, val,
               val.references(word_map))
@@ -254,7 +257,9 @@ def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
         for name, (model, lr) in learning.items()}
     states = start["training"]["optimizers"] if start and start["training"] else {}
     for name in optimizers.keys() & states.keys():
-        optimizers[name].load_state_dict(states[name])
+        optimizers[name].load_state_dict(states[name])  # with its learning rate, unless another was asked for
+        if getattr(args, f"{name}_lr") != start["training"]["args"][f"{name}_lr"]:
+            optimizers[name].param_groups[0]["lr"] = getattr(args, f"{name}_lr")
     return Learner(encoder, decoder, optimizers, arguments)
 
 
@@ -310,17 +315,18 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
         sums += train_step(run, learner, batch, sampling, sampler.counts(step))
         bar.update()
         ready = time.monotonic()
-        if step % args.print_freq == 0:  # reading the sums waits for the GPU
-            seen, seconds = sums.tolist(), ready - began
+        due = ready - saved > 60 * args.checkpoint_minutes
+        if due or step % args.print_freq == 0:
+            seen, seconds = sums.tolist(), ready - began  # this waits for the GPU, so it is done rarely
             bar.set_postfix({"loss": f"{loss_of(seen, args.alpha_c):.3f}", "captions/s": f"{seen[4] / seconds:.0f}",
                              "waiting for data": f"{waited / seconds:.0%}"})
-        if ready - saved > 60 * args.checkpoint_minutes:
-            save(run, learner, {**state, "step": step + 1, "sums": sums.tolist(), "seconds": ready - began})
+        if due:
+            save(run, learner, {**state, "step": step + 1, "sums": seen, "seconds": seconds})
             saved = time.monotonic()
     bar.close()
-    return {"stage": stage, "epoch": epoch + 1, "train_loss": loss_of(sums.tolist(), args.alpha_c),
-            "captions_per_second": len(run.train) / (time.monotonic() - began), "seconds": time.monotonic() - began,
-            "decoder_lr": learner.optimizers["decoder"].param_groups[0]["lr"]}
+    loss, seconds = loss_of(sums.tolist(), args.alpha_c), time.monotonic() - began
+    return {"stage": stage, "epoch": epoch + 1, "train_loss": loss, "captions_per_second": len(run.train) / seconds,
+            "seconds": seconds, "decoder_lr": learner.optimizers["decoder"].param_groups[0]["lr"]}
 
 
 def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: float, counts: bool) -> Tensor:
@@ -336,9 +342,6 @@ def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: 
         dist.all_reduce(totals)
     # Divided by what all processes hold, the processes' losses add up to the loss of the whole batch.
     loss = sums[0] / totals[3] + args.alpha_c * sums[1] / totals[4]
-    if not loss.isfinite():
-        raise InputError(f"the loss is {loss.item()} (words {sums[0].item()}, attention {sums[1].item()}): is a "
-                         "learning rate too high? The last checkpoint is good")
 
     parameters = [each for optimizer in learner.optimizers.values() for group in optimizer.param_groups
                   for each in group["params"]]
@@ -367,8 +370,12 @@ def validate_epoch(run: Run, learner: Learner, batch_size: int) -> dict[str, Any
 
 
 def loss_of(sums: list[float], alpha_c: float) -> float:
-    """The loss per word and caption, from the sums of `measure`."""
-    return sums[0] / sums[3] + alpha_c * sums[1] / sums[4]
+    """The loss per word and caption, from the sums of `measure`. Raises InputError where it is no number."""
+    loss = sums[0] / sums[3] + alpha_c * sums[1] / sums[4]
+    if not math.isfinite(loss):
+        raise InputError(f"the loss is {loss} (sum over words {sums[0]}, over attention {sums[1]}): is a learning rate "
+                         "too high? The last checkpoint is good")
+    return loss
 
 
 def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = False) -> None:

@@ -1,0 +1,57 @@
+"""The demo's last step: does it count gazes rightly, and does the model need its pictures?"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import demo.demo
+from models import Hypothesis
+
+CIRCLE = {"color": "red", "shape": "circle", "box": [0, 0, 128, 64]}    # of a 4 x 4 map: two cells of the first row
+SQUARE = {"color": "blue", "shape": "square", "box": [192, 192, 256, 256]}  # the last cell
+
+
+def gaze(*pixels: int) -> Hypothesis:
+    """A caption whose words look at these pixels of a 4 x 4 map."""
+    alphas = torch.full((len(pixels) + 1, 16), 0.01)
+    for row, pixel in enumerate(pixels, 1):
+        alphas[row, pixel] = 0.5
+    return Hypothesis([], 0.0, True, alphas)
+
+
+@pytest.mark.parametrize(("words", "pixels", "expected"), [
+    (["a", "circle"], (9, 0), [(True, 2 / 16)]),
+    (["a", "disc"], (0, 2), [(False, 2 / 16)]),
+    (["circles", "and", "squares"], (1, 0, 15), [(True, 2 / 16), (True, 1 / 16)]),
+    (["a", "star"], (0, 0), [])])
+def test_a_gaze_counts_where_the_named_shape_is(words: list[str], pixels: tuple[int, ...],
+                                                expected: list[tuple[bool, float]]) -> None:
+    assert demo.demo.looks(gaze(*pixels), words, [CIRCLE, SQUARE]) == expected
+
+
+def test_two_objects_of_a_shape_are_both_right() -> None:
+    other = {"color": "green", "shape": "square", "box": [0, 192, 64, 256]}
+    assert demo.demo.looks(gaze(12), ["square"], [SQUARE, other]) == [(True, 2 / 16)]
+    assert demo.demo.looks(gaze(15), ["square"], [SQUARE, other]) == [(True, 2 / 16)]
+
+
+def test_the_demos_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                capsys: pytest.CaptureFixture[str]) -> None:
+    """Its flags are ones that the scripts have, and its last words name what it found."""
+    import caption
+    import create_input_files
+    import eval as evaluation
+    import train
+
+    scripts = {"create_input_files.py": create_input_files, "train.py": train, "eval.py": evaluation,
+               "caption.py": caption}
+    parsed = []
+    monkeypatch.setattr(demo.demo, "call", lambda script, *arguments: parsed.append(
+        scripts[script].get_parser().parse_args([str(each) for each in arguments])))
+    monkeypatch.setattr(demo.demo, "examine", lambda folder: {
+        "bleu4": 40.0, "bleu4_blind": 12.0, "shape_words": 9, "on_object": 60.0, "by_chance": 15.0})
+    demo.demo.main(demo.demo.get_parser().parse_args(["--folder", str(tmp_path), "--train", "8"]))
+    assert len(parsed) == 4
+    assert "greedy: 40.0; of the same model shown other scenes: 12.0" in capsys.readouterr().out
