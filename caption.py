@@ -97,12 +97,12 @@ def visualize_att(image_path: str | Path, seq: Sequence[int], alphas: Any, rev_w
     words = [rev_word_map[index] for index in seq]
     rows = math.ceil(len(words) / 5)
     figure = Figure(figsize=(15, 3.2 * rows), layout="constrained")
-    for axes, word, alpha in zip(figure.subplots(rows, 5, squeeze=False).flat, words, np.asarray(alphas), strict=False):
+    for i, (word, alpha) in enumerate(zip(words, np.asarray(alphas), strict=True), 1):
+        axes = figure.add_subplot(rows, 5, i)
         axes.imshow(picture)
-        axes.set_title(word, fontsize=14)
+        axes.set_title(word, fontsize=14, parse_math=False)  # a word may hold a $
         if word != "<start>":
             axes.imshow(enlarge(alpha, size, smooth), alpha=0.8, cmap="Greys_r")
-    for axes in figure.axes:
         axes.axis("off")
     return figure
 
@@ -120,10 +120,12 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_dir():
-            paths = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
+        if path.is_file():
+            paths = [path]
+        elif path.is_dir():
+            paths = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES and each.is_file())
         else:
-            paths = [path] if path.is_file() else [Path(each) for each in sorted(glob.glob(pattern, recursive=True))]
+            paths = [Path(each) for each in sorted(glob.glob(pattern, recursive=True)) if Path(each).is_file()]
         if not paths:
             raise InputError(f"--img {pattern}: no picture there")
         found += paths
@@ -140,12 +142,12 @@ def find_model() -> Path:
 
 def figure_paths(out: str, pictures: Sequence[Path]) -> list[Path]:
     """Where each picture's figure goes: one file, or a folder of files."""
-    if len(pictures) == 1 and Path(out).suffix.lower() == ".png":
-        paths = [Path(out)]
-    elif Path(out).suffix:
-        raise InputError(f"--out {out}: for one picture a .png file, for several a folder")
-    else:
+    if Path(out).is_dir() or Path(out).suffix.lower() not in SUFFIXES:
         paths = [Path(out) / f"{picture.stem}_attention.png" for picture in pictures]
+    elif len(pictures) == 1 and Path(out).suffix.lower() == ".png":
+        paths = [Path(out)]
+    else:
+        raise InputError(f"--out {out}: for one picture a .png file, for several a folder")
     if len(set(paths)) < len(paths) or {path.resolve() for path in paths} & {picture.resolve() for picture in pictures}:
         raise InputError(f"--out {out}: figures of pictures with the same name, or the picture itself, would be lost")
     return paths
@@ -155,6 +157,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions pictures, prints and returns the results."""
     if min(args.beam_size, args.batch_size, args.max_len, args.n_best) < 1 or args.n_best > args.beam_size:
         raise InputError("--beam_size, --batch_size, --max_len and --n_best are 1 or more; --n_best <= --beam_size")
+    if args.json and Path(args.json).suffix.lower() in SUFFIXES:
+        raise InputError(f"--json {args.json}: the results would overwrite a picture; name another file")
     pictures = find_pictures(args.img)
     figures = figure_paths(args.out, pictures) if args.out else []
     processes, precision = setup_processes(args.device, args.precision)
@@ -165,7 +169,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     results = []
     first_ones = range(0, len(pictures), args.batch_size)
-    for i in progress(first_ones, "captions", "batch", len(first_ones) > 1):
+    bar = progress(first_ones, "captions", "batch", len(first_ones) > 1)
+    for i in bar:
         batch = pictures[i:i + args.batch_size]
         captions = caption_paths(encoder, decoder, batch, word_map, args.beam_size, args.max_len, args.n_best,
                                  precision)
@@ -175,7 +180,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                  "finished": each.finished} for each in hypotheses]})
             if args.json != "-":
                 for found in results[-1]["captions"]:
-                    print(f"{path}: {found['caption']}{'' if found['finished'] else ' ...'}")
+                    bar.write(f"{path}: {found['caption']}{'' if found['finished'] else ' ...'}")
             if figures:
                 best = hypotheses[0]
                 figure = visualize_att(path, best.sequence, to_grid(best.alphas), rev_word_map, args.smooth)

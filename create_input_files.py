@@ -15,9 +15,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import string
 from collections import Counter
 from collections.abc import Sequence
+from multiprocessing.pool import Pool
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from datasets import IMAGE_SIZE, check_pixels, read_image, read_json
+from datasets import IMAGE_SIZE, SPECIAL_WORDS, check_pixels, read_image, read_json
 from utils import InputError, progress, run_script
 
 KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")
@@ -78,7 +80,7 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
 
     folder = Path(output_folder)
     base = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
-    digest = digest_of(source, pictures, captions_per_image, min_word_freq, max_len)
+    digest = digest_of(source, Path(image_folder), pictures, captions_per_image, min_word_freq, max_len)
     if is_done(folder, base, digest, overwrite):
         print(f"{folder} holds these files already, made from the same pictures, captions and settings: nothing to do")
         return base
@@ -92,9 +94,11 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
     try:
         write_json(partial / f"WORDMAP_{base}.json", word_map)
         random = Random(123)  # the tutorial's seed: the same captions are drawn
-        for split in ("TRAIN", "VAL", "TEST"):
-            chosen = [picture for picture in pictures if picture.split == split]
-            write_split(partial, base, split, chosen, word_map, random, captions_per_image, max_len, workers, digest)
+        # Ctrl-C is for this process alone; from each worker it would draw a traceback.
+        with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            for split in ("TRAIN", "VAL", "TEST"):
+                chosen = [picture for picture in pictures if picture.split == split]
+                write_split(partial, base, split, chosen, word_map, random, captions_per_image, max_len, pool, digest)
         for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".hdf5"):  # these say what all is made of
             path.replace(folder / path.name)
     finally:
@@ -107,49 +111,68 @@ def from_csv(path: Path) -> dict[str, Any]:
     """A table of captions in Karpathy's layout; without a column `split`, 80/10/10 by a fixed seed."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            table = csv.DictReader(file, skipinitialspace=True, strict=True)
+            rows = [(f"{path}, line {table.line_num}", row) for row in table]
+            columns = table.fieldnames or []
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file (--captions_csv)") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a table in UTF-8 ({error})") from error
-    if not rows or not {"image", "caption"} <= rows[0].keys() or any(None in row.values() for row in rows):
-        raise InputError(f"{path}: each row needs the columns image and caption, named in the first line")
-    names = list(dict.fromkeys(row["image"] for row in rows))
-    images = {name: {"filename": name, "imgid": index, "sentences": []} for index, name in enumerate(names)}
-    Random(0).shuffle(names)
-    tenth = len(names) // 10
-    drawn = {name: "val" if i < tenth else "test" if i < 2 * tenth else "train" for i, name in enumerate(names)}
+    if not rows or not {"image", "caption"} <= set(columns):
+        raise InputError(f"{path}: the first line names the columns image, caption and maybe split, parted by commas; "
+                         "each further line is a caption")
     without_punctuation = str.maketrans("", "", string.punctuation)
-    for row in rows:
+    images: dict[str, dict[str, Any]] = {}
+    for where, row in rows:
+        if None in row or None in row.values():
+            raise InputError(f"{where}: not {len(columns)} values; a caption with commas needs quotes around it")
+        name, split = row["image"].strip(), row.get("split", "train").strip().lower()
         tokens = row["caption"].lower().translate(without_punctuation).split()  # as in Karpathy's files
-        split = row.get("split") or drawn[row["image"]]
-        if images[row["image"]].setdefault("split", split) != split:
-            raise InputError(f"{path}: {row['image']} is in two splits, {images[row['image']]['split']} and {split}")
-        images[row["image"]]["sentences"].append({"tokens": tokens})
+        if not name or not tokens:
+            raise InputError(f"{where}: no picture, or no word of caption; fill it in, or take the line out")
+        if split not in SPLITS:
+            raise InputError(f"{where}: the split {row['split']!r} is none of {', '.join(SPLITS)}")
+        image = images.setdefault(name, {"filename": name, "imgid": len(images), "split": split, "sentences": []})
+        if image["split"] != split:
+            raise InputError(f"{where}: {name} is in two splits, {image['split']} and {split}; keep one")
+        image["sentences"].append({"tokens": tokens})
+    if "split" not in columns:
+        names = list(images)
+        Random(0).shuffle(names)
+        tenth = max(len(names) // 10, min(len(names) // 3, 1))  # of few pictures one each
+        for i, name in enumerate(names[:2 * tenth]):
+            images[name]["split"] = "val" if i < tenth else "test"
     return {"images": list(images.values())}
 
 
 def read_captions(data: Any, source: Path, dataset: str, image_folder: Path,
                   max_len: int) -> tuple[list[Picture], Counter[str]]:
     """The pictures that have captions, in the file's order, and how often each word occurs in all captions."""
-    pictures, word_freq = [], Counter()
+    pictures, word_freq, left_out = [], Counter(), Counter()
     try:
         for index, image in enumerate(data["images"]):
             references = [sentence["tokens"] for sentence in image["sentences"]]
             for tokens in references:
+                if not isinstance(tokens, list):
+                    raise TypeError(f"tokens {tokens!r} is no list of words")
                 word_freq.update(tokens)
             captions = [tokens for tokens in references if len(tokens) <= max_len]
-            if not captions or image["split"] not in SPLITS:
-                continue
-            name = Path(image["filepath"], image["filename"]) if dataset == "coco" else Path(image["filename"])
-            image_id = image.get("cocoid", image.get("imgid", index))
-            pictures.append(Picture(image_folder / name, image_id, SPLITS[image["split"]], captions, references))
-    except (KeyError, TypeError) as error:
-        hint = " (only --dataset coco has filepath)" if error.args == ("filepath",) else ""
+            if image["split"] not in SPLITS:
+                left_out[image["split"]] += 1
+            elif captions:
+                name = Path(image["filepath"], image["filename"]) if dataset == "coco" else Path(image["filename"])
+                image_id = int(image.get("cocoid", image.get("imgid", index)))
+                pictures.append(Picture(image_folder / name, image_id, SPLITS[image["split"]], captions, references))
+    except (KeyError, TypeError, ValueError) as error:
+        hint = " (only --dataset coco has it; for other data say --dataset NAME)" if error.args == ("filepath",) else ""
         raise InputError(f"{source}: not in Karpathy's layout, {error!r}{hint}. It is a dict with a list `images`, "
                          "each with filename, split and sentences, each of those with tokens") from error
-    if not any(picture.split == "TRAIN" for picture in pictures):
+    if left_out:
+        print(f"left out, of splits other than {', '.join(SPLITS)}: {dict(left_out)} pictures")
+    if not word_freq or not any(picture.split == "TRAIN" for picture in pictures):
         raise InputError(f"{source}: no picture of the split train has a caption of 1 to {max_len} words")
+    if word_freq.keys() & set(SPECIAL_WORDS):
+        raise InputError(f"{source}: {', '.join(SPECIAL_WORDS)} cannot be words of captions; rename or remove them")
     return pictures, word_freq
 
 
@@ -165,16 +188,16 @@ def check_space(folder: Path, n_pictures: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = n_pictures * (3 * IMAGE_SIZE ** 2 + 4000), shutil.disk_usage(folder).free
     if needed > free:
-        raise InputError(f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; make space, or "
+        raise InputError(f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free; make space, or "
                          "name another --output_folder")
     print(f"{n_pictures} pictures need {needed / 1e9:.2f} GB in {folder}, {free / 1e9:.1f} GB are free")
 
 
-def digest_of(source: Path, pictures: Sequence[Picture], *settings: int) -> str:
-    """One number for all that the files are made of: captions, pictures (their paths and sizes) and settings."""
+def digest_of(source: Path, image_folder: Path, pictures: Sequence[Picture], *settings: int) -> str:
+    """One number for all that the files are made of: captions, pictures (their folder and sizes) and settings."""
     digest = hashlib.sha256(source.read_bytes())
-    digest.update(repr([(str(picture.path), picture.path.stat().st_size) for picture in pictures]).encode())
-    digest.update(repr(settings).encode())
+    sizes = [picture.path.stat().st_size for picture in pictures]
+    digest.update(repr((str(image_folder.resolve()), sizes, settings)).encode())
     return digest.hexdigest()
 
 
@@ -196,12 +219,12 @@ def is_done(folder: Path, base: str, digest: str, overwrite: bool) -> bool:
                 return True
         except OSError:
             pass  # damaged: as good as made from something else
-    raise InputError(f"{folder} holds files named {base} that were made from other pictures, captions or settings; "
-                     "replace them with --overwrite, or name another --output_folder")
+    raise InputError(f"{folder} holds files named {base} that are not whole or were made from other pictures, captions "
+                     "or settings; replace them with --overwrite, or name another --output_folder")
 
 
 def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture], word_map: dict[str, int],
-                random: Random, captions_per_image: int, max_len: int, workers: int, digest: str) -> None:
+                random: Random, captions_per_image: int, max_len: int, pool: Pool, digest: str) -> None:
     encoded, lengths = [], []
     for picture in pictures:
         captions, n = picture.captions, captions_per_image
@@ -218,7 +241,7 @@ def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture]
     write_json(folder / f"{split}_REFERENCES_{base}.json", [picture.references for picture in pictures])
 
     path = folder / f"{split}_IMAGES_{base}.hdf5"
-    with h5py.File(path, "w") as file, multiprocessing.Pool(workers) as pool:
+    with h5py.File(path, "w") as file:
         file.attrs["captions_per_image"] = captions_per_image
         file.attrs["made_from"] = digest
         file["image_ids"] = np.array([picture.image_id for picture in pictures], dtype=np.int64)
@@ -227,7 +250,7 @@ def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture]
         for i, image in enumerate(progress(decoded, split, "picture", total=len(pictures))):
             images[i] = image
         if pictures:
-            check_pixels(images, f"the {split} pictures")
+            check_pixels(images, f"{split} ({pictures[0].path}, ...)")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -250,6 +273,8 @@ def main(args: argparse.Namespace) -> str:
         raise InputError("--captions_per_image, --max_len and --workers are 1 or more, --min_word_freq 0 or more")
     if args.captions_csv and args.karpathy_json_path:
         raise InputError("--captions_csv and --karpathy_json_path exclude each other")
+    if Path(args.dataset).name != args.dataset or (args.captions_csv and args.dataset == "coco"):
+        raise InputError("--dataset is a name, not a path; with --captions_csv choose one of your own")
     source = args.captions_csv or args.karpathy_json_path or f"dataset_{args.dataset}.json"
     if not Path(source).is_file():
         raise InputError(f"{source}: no such file; captions come from --karpathy_json_path FILE (for "

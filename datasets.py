@@ -46,7 +46,7 @@ def read_image(path: str | Path) -> np.ndarray:
             return np.array(picture).transpose(2, 0, 1)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such picture") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
+    except Exception as error:  # a damaged picture can fail in any way
         raise InputError(f"{path}: this picture cannot be read ({error}); replace it, or leave it out") from error
 
 
@@ -54,9 +54,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """A picture of any mode as RGB, upright."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits a pixel, in Pillow's modes I;16 and I
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-    if picture.mode == "F":
-        picture = Image.fromarray(np.asarray(picture).clip(0, 255).astype(np.uint8))
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
     if "A" in picture.mode or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -80,8 +78,8 @@ def check_pixels(images: Sequence[np.ndarray], where: str) -> None:
     mean = float(np.mean([picture.mean() for picture in sample]))
     if mean < 4 or spread < 4:
         raise InputError(f"{where}: the pictures are nearly black or constant (mean {mean:.2f}, spread {spread:.2f} of "
-                         "255; photographs have about 115 and 60). Were floats from 0 to 1 stored as bytes? Make the "
-                         "files again with create_input_files.py --overwrite")
+                         "255; photographs have about 115 and 60). Were floats from 0 to 1 stored as bytes? Mend "
+                         "them and make the files again with create_input_files.py --overwrite")
 
 
 def load_word_map(data_folder: str | Path, data_name: str) -> dict[str, int]:
@@ -103,14 +101,14 @@ def read_word_map(path: str | Path) -> dict[str, int]:
     word_map = read_json(path)
     if not isinstance(word_map, dict) or not set(SPECIAL_WORDS) <= word_map.keys():
         raise InputError(f"{path}: not a word map, it lacks one of {' '.join(SPECIAL_WORDS)}")
-    if sorted(word_map.values()) != list(range(len(word_map))):
+    if set(word_map.values()) != set(range(len(word_map))):
         raise InputError(f"{path}: not a word map, its indices are not 0 to {len(word_map) - 1}, each once")
     return word_map
 
 
 def read_json(path: str | Path) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # with or without Windows' byte order mark
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; make it with create_input_files.py") from error
     except ValueError as error:
@@ -143,26 +141,36 @@ class CaptionDataset(Dataset):
         folder = Path(data_folder)
         self.split, self.transform = split, transform
         self.path = folder / f"{split}_IMAGES_{data_name}.hdf5"
-        captions = read_json(folder / f"{split}_CAPTIONS_{data_name}.json")
-        lengths = read_json(folder / f"{split}_CAPLENS_{data_name}.json")
-        small = len(load_word_map(data_folder, data_name)) <= np.iinfo(np.int16).max
-        self.captions = np.array(captions, dtype=np.int16 if small else np.int32)  # (captions, L)
-        self.caplens = np.array(lengths, dtype=np.int16)                          # (captions,)
         references = folder / f"{split}_REFERENCES_{data_name}.json"
         self.references_path = references if references.is_file() else None
         self._open: tuple[int, Any] | None = None  # (process, pictures)
-
+        n_words = len(load_word_map(folder, data_name))
+        captions = read_json(folder / f"{split}_CAPTIONS_{data_name}.json")
+        lengths = read_json(folder / f"{split}_CAPLENS_{data_name}.json")
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file; make it with create_input_files.py")
-        with h5py.File(self.path, "r") as file:
-            self.cpi = int(file.attrs["captions_per_image"])
-            self.n_images, *shape = file["images"].shape
-            ids = file["image_ids"][:] if "image_ids" in file else np.arange(self.n_images)
+        try:
+            self.captions = np.array(captions, dtype=np.int32)  # (captions, L)
+            self.caplens = np.array(lengths, dtype=np.int32)    # (captions,)
+            with h5py.File(self.path, "r") as file:
+                self.cpi = int(file.attrs["captions_per_image"])
+                self.n_images, *shape = file["images"].shape
+                pixels = f"{file['images'].dtype} {tuple(shape)}"
+                ids = file["image_ids"][:] if "image_ids" in file else np.arange(self.n_images)
+        except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
+            raise InputError(f"{self.path}, or the captions beside it, cannot be read ({error}); make them again with "
+                             "create_input_files.py --overwrite") from error
         self.image_ids = ids.tolist()
-        if shape != [3, IMAGE_SIZE, IMAGE_SIZE] or not self.n_images * self.cpi == len(captions) == len(lengths):
-            raise InputError(f"{self.path} holds {self.n_images} pictures {tuple(shape)}, {self.cpi} captions each; "
-                             f"beside it are {len(captions)} captions and {len(lengths)} lengths. They do not belong "
-                             "together; make them again with create_input_files.py --overwrite")
+        highest = int(self.captions.max(initial=0))
+        if (pixels != f"uint8 {(3, IMAGE_SIZE, IMAGE_SIZE)}" or highest >= n_words
+                or not self.n_images * self.cpi == len(captions) == len(lengths)
+                or np.any((self.captions > 0).sum(-1) != self.caplens)):  # <pad> is 0
+            raise InputError(f"{self.path} holds {self.n_images} pictures, {pixels}, {self.cpi} captions each; beside "
+                             f"it are {len(captions)} captions of words up to {highest}, {len(lengths)} lengths and "
+                             f"{n_words} words. They do not belong together; make them again with "
+                             "create_input_files.py --overwrite")
+        if n_words <= np.iinfo(np.int16).max:
+            self.captions = self.captions.astype(np.int16)
 
     @property
     def images(self) -> Any:
@@ -203,7 +211,11 @@ class CaptionDataset(Dataset):
         that no caption can match.
         """
         if self.references_path:
-            return read_json(self.references_path)
+            references = read_json(self.references_path)
+            if len(references) != self.n_images:
+                raise InputError(f"{self.references_path} is of {len(references)} pictures, {self.path} holds "
+                                 f"{self.n_images}; make them again with create_input_files.py --overwrite")
+            return references
         words = {index: word for word, index in word_map.items()} | {word_map["<unk>"]: "<unknown>"}
         silent = {word_map["<start>"], word_map["<end>"], word_map["<pad>"]}
         sentences = [[words[index] for index in caption if index not in silent] for caption in self.captions.tolist()]
@@ -223,7 +235,7 @@ class EpochSampler(Sampler[list[int]]):
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
                  group: int = 1) -> None:
         self.groups, self.group, self.seed = length // group, group, seed
-        self.batch_groups = max(1, batch_size // group) * world_size
+        self.batch_groups = max(world_size, batch_size * world_size // group)
         self.rank, self.world_size = rank, world_size
         self.steps = -(-self.groups // self.batch_groups)
         self.epoch, self.first_step = 0, 0

@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -127,9 +128,8 @@ def measure(scores: Tensor, captions: Tensor, decode_lengths: list[int], alphas:
                           for each in (scores, captions[:, 1:]))                # (words, V) and (words,), no padding
     cross_entropy = F.cross_entropy(predicted.float(), targets, reduction="sum")
     top5 = (predicted.topk(min(5, predicted.size(1)), dim=1).indices == targets.unsqueeze(1)).sum()
-    numbers = [doubly_stochastic(alphas.float()).sum(), top5, alphas.new_tensor(len(targets)),
-               alphas.new_tensor(len(captions))]
-    return torch.stack([cross_entropy, *(number.float() for number in numbers)])
+    sums = torch.stack([cross_entropy, doubly_stochastic(alphas.float()).sum(), top5.float()])
+    return torch.cat([sums, sums.new_tensor([len(targets), len(captions)])])
 
 
 def forced_bleu(dataset: CaptionDataset, forced: list[list[list[int]]], word_map: dict[str, int]) -> float:
@@ -158,11 +158,29 @@ def bleu(references: Sequence[Sequence[Sequence[str]]], captions: Sequence[Seque
 def score(references: Sequence[Sequence[Sequence[str]]], captions: Sequence[Sequence[str]]) -> dict[str, float | None]:
     """The standard scores: BLEU, METEOR and ROUGE-L from 0 to 100, CIDEr from 0 to 10. METEOR is None without Java."""
     scores: dict[str, float | None] = {f"BLEU-{n}": value for n, value in enumerate(bleu(references, captions), 1)}
+    scores["METEOR"] = meteor(references, captions) if shutil.which("java") else None
     pairs = _coco(references, captions)
-    scores["METEOR"] = 100 * Meteor().compute_score(*pairs)[0] if shutil.which("java") else None
     scores["ROUGE-L"] = 100 * float(Rouge().compute_score(*pairs)[0])
     scores["CIDEr"] = float(Cider().compute_score(*pairs)[0])
     return scores
+
+
+def meteor(references: Sequence[Sequence[Sequence[str]]], captions: Sequence[Sequence[str]]) -> float | None:
+    """METEOR, 0 to 100, by its own Java program. None, and a line on stderr, where that fails."""
+    # It takes punctuation apart, and the brackets of <unk> would match other brackets.
+    captions = [["xunkx" if word == "<unk>" else word for word in words] for words in captions]
+    scorer = Meteor()
+    try:
+        with scorer.meteor_p as process:  # closes the pipes
+            try:
+                return 100 * scorer.compute_score(*_coco(references, captions))[0]
+            finally:
+                process.kill()
+    except (OSError, ValueError) as error:
+        print(f"METEOR is left out: its Java program failed ({error})", file=sys.stderr)
+        return None
+    finally:
+        scorer.lock = threading.Lock()  # a failure leaves it locked, and the destructor would wait for ever
 
 
 def _coco(references: Sequence[Sequence[Sequence[str]]],
@@ -183,6 +201,12 @@ def warn_if_collapsed(captions: Sequence[str]) -> str | None:
             "the model does not see the pictures. Too little training, or other pixels than it was trained with")
 
 
+def warn_if_endless(unfinished: float, beam_size: int) -> str | None:
+    if unfinished <= 0.2:
+        return None
+    return f"warning: at beam {beam_size} {unfinished:.0%} of the captions never end: the model has not learned <end>"
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table, aligned so that it reads well as plain text too."""
     formats = {"beam": "d", "METEOR": ".1f", "CIDEr": ".3f", "unfinished": ".1%"}
@@ -199,9 +223,12 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise InputError("--beam_size, --batch_size and --max_len are 1 or more")
     processes, precision = setup_processes(args.device, args.precision)
     first = processes.rank == 0
-    data_words = read_word_map(args.word_map) if args.word_map else load_word_map(args.data_folder, args.data_name)
+    data_words = load_word_map(args.data_folder, args.data_name)
     dataset = CaptionDataset(args.data_folder, args.data_name, args.split)
-    checkpoint = load_checkpoint(args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar", data_words)
+    if not dataset.n_images:
+        raise InputError(f"the split {args.split} of {args.data_name} holds no pictures; name another with --split")
+    checkpoint = load_checkpoint(args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar",
+                                 read_word_map(args.word_map) if args.word_map else data_words)
     encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint))
     word_map = checkpoint["word_map"]
     references = dataset.references(data_words)
@@ -221,7 +248,9 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append({"beam": beam_size, **score(references, captions), "unfinished": unfinished, "seconds": seconds,
                      "images/s": len(found) / seconds})
         sentences = [" ".join(words) for words in captions]
-        print(warn_if_collapsed(sentences) or end_note(unfinished, beam_size), end="", file=sys.stderr)
+        for warning in (warn_if_collapsed(sentences), warn_if_endless(unfinished, beam_size)):
+            if warning:
+                print(warning, file=sys.stderr)
         if args.out:
             with whole_file(Path(args.out) / f"captions_{args.split}_beam{beam_size}.json") as file:
                 json.dump([{"image_id": image_id, "caption": caption} for image_id, caption
@@ -229,12 +258,6 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if first:
         write_table(args, rows)
     return rows
-
-
-def end_note(unfinished: float, beam_size: int) -> str:
-    if unfinished <= 0.2:
-        return ""
-    return f"warning: at beam {beam_size} {unfinished:.0%} of the captions never end: the model has not learned <end>\n"
 
 
 def write_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

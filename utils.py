@@ -4,15 +4,16 @@ from __future__ import annotations
 import argparse
 import collections
 import ctypes
+import io
 import math
 import os
 import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,9 +60,8 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
 
 def progress(iterable: Any, description: str, unit: str, show: bool = True, **options: Any) -> tqdm:
     """A progress bar, redrawn rarely where nobody watches (a log file)."""
-    interval = 0.5 if sys.stderr.isatty() else 60
-    return tqdm(iterable, desc=description, unit=unit, disable=not show, leave=False, mininterval=interval,
-                dynamic_ncols=True, **options)
+    return tqdm(iterable, desc=description, unit=unit, disable=not show, leave=False, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 60, **options)
 
 
 # ---- processes and devices -------------------------------------------------------------------------------------------
@@ -77,23 +77,21 @@ class Processes(NamedTuple):
 def setup_processes(device: str | None, precision: str | None) -> tuple[Processes, str]:
     """Joins the other processes, if torchrun started several, and chooses device and precision.
 
-    Returns:
-        The processes, and the precision: bfloat16 on CUDA unless the user says otherwise, else float32.
+    The precision is bfloat16 on CUDA and float32 elsewhere, unless the user says otherwise.
     """
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default
                                     in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise InputError(f"--device {device}: no such device; say cuda, cuda:1 or cpu") from error
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+            torch.cuda.set_device(chosen)
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: PyTorch cannot use it here ({reason}); leave the flag out") from error
     if chosen.type == "cpu":
         keep_freed_memory()
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError("--device cuda: PyTorch sees no GPU here; leave the flag out to use the CPU")
-        if chosen.index is None:
-            chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     precision = precision or ("bfloat16" if chosen.type == "cuda" else "float32")
@@ -107,13 +105,11 @@ def keep_freed_memory() -> None:
 
     On a CPU, fetching and clearing those pages anew takes longer than the convolutions themselves.
     """
-    try:
+    with suppress(OSError, AttributeError):  # another system, another allocator
         libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return  # another system, another allocator
-    m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
+        m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -123,10 +119,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def gather(values: Any, processes: Processes) -> list[Any]:
     """What each process has, as a list on every process, in order of rank."""
-    if processes.world_size == 1:
-        return [values]
-    gathered: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(gathered, values)
+    gathered = [values] * processes.world_size
+    if processes.world_size > 1:
+        dist.all_gather_object(gathered, values)
     return gathered
 
 
@@ -167,14 +162,23 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None) ->
         InputError: no such file, not a checkpoint, or one that names code other than the fixed list.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such checkpoint")
+        raise InputError(f"{path}: no such checkpoint; name one that train.py made with --checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-        state = _load_pickled_modules(path)
-    if not isinstance(state, dict) or not {"encoder", "decoder", "word_map", "model"} <= state.keys():
-        raise InputError(f"{path}: not a captioning checkpoint")
-    if state["format"] > CHECKPOINT_FORMAT:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+                    raise zipfile.BadZipFile("it is compressed, as PyTorch's files never are")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # not one of ours: the original tutorial's, or no checkpoint
+            state = _load_pickled_modules(path)
+    except Exception as error:  # a damaged file can fail in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{path}: refused, this is no checkpoint that can be read whole and safely ({reason}); "
+                         "get the file again, or name another") from error
+    if not isinstance(state, dict) or not {"format", "encoder", "decoder", "word_map", "model"} <= state.keys():
+        raise InputError(f"{path}: not a captioning checkpoint; name one that train.py made with --checkpoint")
+    if state["format"] != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: made by a newer version of this project (format {state['format']}); update it")
     state["word_map"] = state["word_map"] or word_map
     if not state["word_map"]:
@@ -186,184 +190,149 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None) ->
 
 
 class _Inert:
-    """Stands for every class of an old checkpoint: holds what was pickled and can do nothing."""
+    """Stands for what an old checkpoint names: keeps what it is given, and has nothing that could run."""
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, *args: Any) -> None:
+        self.args = args
 
-
-STORAGES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-            "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
-MODULES = ("models.Encoder", "models.Attention", "models.DecoderWithAttention",
-           "torch.nn.modules.container.Sequential", "torch.nn.modules.conv.Conv2d",
-           "torch.nn.modules.batchnorm.BatchNorm2d", "torch.nn.modules.pooling.MaxPool2d",
-           "torch.nn.modules.pooling.AdaptiveAvgPool2d", "torch.nn.modules.linear.Linear",
-           "torch.nn.modules.sparse.Embedding", "torch.nn.modules.rnn.LSTMCell", "torch.nn.modules.dropout.Dropout",
-           "torch.nn.modules.activation.ReLU", "torch.nn.modules.activation.Sigmoid",
-           "torch.nn.modules.activation.Softmax", "torch.nn.modules.activation.Tanh",
-           "torchvision.models.resnet.Bottleneck", "torchvision.models.resnet.BasicBlock",
-           "torch.optim.adam.Adam", "torch.nn.backends.thnn._get_thnn_function_backend")
+    def __setstate__(self, state: Any) -> None:  # without it a pickle could set any attribute, of this class too
+        self.state = state
 
 
-class _OldUnpickler(pickle.Unpickler):
-    """Reads the original tutorial's pickles; every name outside a fixed list is refused before anything is made.
+LAYERS = """container.Sequential conv.Conv2d batchnorm.BatchNorm2d pooling.MaxPool2d pooling.AdaptiveAvgPool2d
+    linear.Linear sparse.Embedding rnn.LSTMCell dropout.Dropout activation.ReLU activation.Sigmoid activation.Softmax
+    activation.Tanh"""
+OTHERS = """models.Encoder models.Attention models.DecoderWithAttention torchvision.models.resnet.Bottleneck
+    torchvision.models.resnet.BasicBlock torch.optim.adam.Adam torch.nn.parameter.Parameter torch._utils._rebuild_tensor
+    torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter torch.nn.backends.thnn._get_thnn_function_backend"""
+# What each name in an old checkpoint becomes. None of these runs, imports or changes anything, whatever a pickle does.
+ALLOWED: dict[str, Any] = {
+    **{f"torch.nn.modules.{name}": _Inert for name in LAYERS.split()}, **dict.fromkeys(OTHERS.split(), _Inert),
+    "builtins.dict": dict, "builtins.set": set, "collections.OrderedDict": dict,
+    "collections.defaultdict": collections.defaultdict, "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64, "torch.HalfStorage": torch.float16, "torch.LongStorage": torch.int64}
 
-    What the list gives are stand-ins made anew for each file, so that a hostile pickle has nothing lasting to change.
-    """
 
-    def __init__(self, file: BinaryIO, storage: Callable[[torch.dtype, str, int], Tensor]) -> None:
+class _OldUnpickler(pickle._Unpickler):  # the one written in Python: in the other, five bytes can take all memory
+    """Reads the original tutorial's pickles as inert stand-ins; a name that is not in the list is refused."""
+
+    def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
-        self.storage = storage
-
-        def tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-            return storage.as_strided(size, stride, offset)  # refuses what lies outside the storage
-
-        def parameter(data: Tensor, *_: Any) -> Tensor:
-            return data
-
-        self.allowed: dict[str, Any] = {name: type("Inert", (_Inert,), {}) for name in MODULES}
-        self.allowed |= {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
-        self.allowed |= {"collections.OrderedDict": collections.OrderedDict, "builtins.set": set, "builtins.dict": dict,
-                         "collections.defaultdict": type("Defaults", (dict,), {"__init__": lambda self, *_: None}),
-                         "torch._utils._rebuild_tensor": tensor, "torch._utils._rebuild_tensor_v2": tensor,
-                         "torch._utils._rebuild_parameter": parameter, "torch.nn.parameter.Parameter": parameter}
+        self.item_sizes: dict[str, int] = {}  # bytes a number, by storage
 
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("__builtin__", "builtins")  # Python 2's name, kept by pickle's protocol 2
-        try:
-            return self.allowed[f"{module}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no captioning checkpoint needs") from None
+        name = f"{module}.{name}".replace("__builtin__.", "builtins.")  # Python 2's name, kept by pickle's protocol 2
+        if name not in ALLOWED:
+            raise pickle.UnpicklingError(f"it names {name!r}, which no captioning checkpoint needs")
+        return ALLOWED[name]
 
-    def persistent_load(self, saved_id: tuple[Any, ...]) -> Any:
+    def persistent_load(self, saved_id: Any) -> Any:
         if saved_id[0] == "module":  # ("module", class, source file, source): PyTorch 0.4 kept the source beside it
             return saved_id[1]
-        _, dtype, key, _, count, *view = saved_id
-        storage = self.storage(dtype, key, count)
-        if view and view[0] is not None:
-            _, offset, size = view[0]
-            return storage[offset:offset + size]
-        return storage
+        _, dtype, key, *_ = saved_id  # ("storage", type, key, place, count), in the old container also a view or None
+        self.item_sizes[key] = dtype.itemsize
+        return _Inert(*saved_id)
 
 
 def _load_pickled_modules(path: str | Path) -> dict[str, Any]:
-    """The original tutorial's checkpoint, a pickle of whole modules in either of PyTorch's containers, as ours."""
-    try:
-        pickled = (_read_zip if zipfile.is_zipfile(path) else _read_stream)(path)
-        encoder, decoder = pickled["encoder"], pickled["decoder"]
-        weights = {"encoder": _state_dict(encoder), "decoder": _state_dict(decoder)}
-        return {"format": CHECKPOINT_FORMAT, **weights, "word_map": None, "preprocessing": None, "training": None,
-                "model": _model_arguments(weights["encoder"], weights["decoder"], encoder.enc_image_size),
-                "scores": {"bleu4_teacher_forced": 100 * float(pickled.get("bleu-4", math.nan))}}
-    except InputError:
-        raise
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise InputError(f"{path}: refused, this is not a checkpoint that can be read safely: {error}") from error
+    """The original tutorial's checkpoint, a pickle of whole modules, as ours; the shapes tell the model's arguments."""
+    pickled, storages = _read_container(path)
+    encoder, decoder = (_state_dict(pickled[name], storages) for name in ("encoder", "decoder"))
+    image_size = pickled["encoder"].state["enc_image_size"]
+    blocks = len({key.split(".")[2] for key in encoder if key.startswith("resnet.6.")})
+    resnets = {2: "resnet18", 6: "resnet50" if "resnet.6.0.conv3.weight" in encoder else "resnet34",
+               23: "resnet101", 36: "resnet152"}  # by the number of blocks in the last stage but one
+    if blocks not in resnets or type(image_size) is not int or not 0 < image_size <= 256:
+        raise pickle.UnpicklingError("its encoder is none of torchvision's ResNets")
+    vocab_size, embed_dim = decoder["embedding.weight"].shape
+    attention_dim, encoder_dim = decoder["attention.encoder_att.weight"].shape
+    model = {"encoder": resnets[blocks], "encoded_image_size": image_size, "attention_dim": attention_dim,
+             "embed_dim": embed_dim, "decoder_dim": decoder["init_h.weight"].shape[0], "vocab_size": vocab_size,
+             "encoder_dim": encoder_dim, "dropout": 0.5}
+    return {"format": CHECKPOINT_FORMAT, "encoder": encoder, "decoder": decoder, "word_map": None, "model": model,
+            "preprocessing": None, "scores": {"bleu4_teacher_forced": 100 * float(pickled.get("bleu-4", math.nan))},
+            "training": None}
 
 
-def _read_zip(path: str | Path) -> Any:
-    """PyTorch 1.6's container: an uncompressed zip of `*/data.pkl` and one file for each storage."""
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise InputError(f"{path}: refused, its contents are compressed, as PyTorch's never are")
-        root = next(name for name in archive.namelist() if name.endswith("data.pkl")).removesuffix("data.pkl")
-        storages: dict[str, Tensor] = {}
+def _read_container(path: str | Path) -> tuple[Any, dict[str, bytearray]]:
+    """What was pickled, and each storage's bytes.
 
-        def storage(dtype: torch.dtype, key: str, _: int) -> Tensor:
-            if key not in storages:
-                storages[key] = _from_bytes(archive.read(f"{root}data/{key}"), dtype)
-            return storages[key]
-
-        with archive.open(f"{root}data.pkl") as file:
-            return _OldUnpickler(file, storage).load()
-
-
-def _read_stream(path: str | Path) -> Any:
-    """PyTorch 0.4's container: pickles (magic number, version, system, data, storage keys), then the storages."""
-    size = Path(path).stat().st_size
-    storages: dict[str, Tensor] = {}
-
-    def storage(dtype: torch.dtype, key: str, count: int) -> Tensor:
-        if key not in storages:
-            if sum(each.nbytes for each in storages.values()) + count * dtype.itemsize > size:
-                raise pickle.UnpicklingError("its tensors are larger than the file")
-            storages[key] = torch.empty(count, dtype=dtype)
-        return storages[key]
-
+    PyTorch 1.6 began to write a zip of `*/data.pkl` and a file for each storage. Before, a checkpoint was a row of
+    pickles (magic number, version, system, data, storage keys), and then the storages.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            root = archive.namelist()[0].split("/")[0]
+            unpickler = _OldUnpickler(io.BytesIO(archive.read(f"{root}/data.pkl")))
+            pickled = unpickler.load()
+            return pickled, {key: bytearray(archive.read(f"{root}/data/{key}")) for key in unpickler.item_sizes}
     with open(path, "rb") as file:
-        _, _, _, pickled, keys = [_OldUnpickler(file, storage).load() for _ in range(5)]
+        unpickler = _OldUnpickler(file)
+        _, _, _, pickled, keys = [unpickler.load() for _ in range(5)]
+        storages = {}
         for key in keys:
-            count = int.from_bytes(file.read(8), "little")
-            if count != storages[key].numel():
-                raise pickle.UnpicklingError(f"storage {key} has {count} numbers, not {storages[key].numel()}")
-            storages[key].copy_(_from_bytes(file.read(storages[key].nbytes), storages[key].dtype))
-    return pickled
+            size = int.from_bytes(file.read(8), "little") * unpickler.item_sizes[key]
+            storages[key] = bytearray(file.read(min(size, Path(path).stat().st_size)))
+    return pickled, storages
 
 
-def _from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-
-def _state_dict(module: _Inert, prefix: str = "") -> dict[str, Tensor]:
+def _state_dict(module: _Inert, storages: dict[str, bytearray], prefix: str = "") -> dict[str, Tensor]:
     """What `module.state_dict()` would have been."""
-    held = vars(module)
-    state = {prefix + name: value for name, value in {**held["_parameters"], **held["_buffers"]}.items()
-             if value is not None}
+    held = module.state
+    tensors = {**held["_parameters"], **held["_buffers"]}
+    state = {prefix + name: _to_tensor(value, storages) for name, value in tensors.items() if value is not None}
     for name, child in held["_modules"].items():
-        if child is not None:
-            state |= _state_dict(child, f"{prefix}{name}.")
+        state |= _state_dict(child, storages, f"{prefix}{name}.") if child is not None else {}
     return state
 
 
-def _model_arguments(encoder: dict[str, Tensor], decoder: dict[str, Tensor], encoded_image_size: int) -> dict[str, Any]:
-    """The arguments that an old checkpoint does not hold, from the shapes of its weights."""
-    blocks = tuple(len({key.split(".")[2] for key in encoder if key.startswith(f"resnet.{layer}.")})
-                   for layer in (4, 5, 6, 7))
-    middle = "resnet50" if "resnet.4.0.conv3.weight" in encoder else "resnet34"
-    resnets = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): middle, (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
-    if blocks not in resnets:
-        raise pickle.UnpicklingError(f"its encoder, with blocks {blocks}, is none of torchvision's ResNets")
-    vocab_size, embed_dim = decoder["embedding.weight"].shape
-    attention_dim, encoder_dim = decoder["attention.encoder_att.weight"].shape
-    return {"encoder": resnets[blocks], "encoded_image_size": encoded_image_size, "attention_dim": attention_dim,
-            "embed_dim": embed_dim, "decoder_dim": decoder["init_h.weight"].shape[0], "vocab_size": vocab_size,
-            "encoder_dim": encoder_dim, "dropout": 0.5}
+def _to_tensor(value: _Inert, storages: dict[str, bytearray]) -> Tensor:
+    """From the arguments of `Parameter(tensor, ...)` or `_rebuild_tensor(storage, offset, size, stride, ...)`."""
+    if value.args[0].args[0] != "storage":
+        value = value.args[0]
+    storage, offset, size, stride, *_ = value.args
+    _, dtype, key, _, _, *view = storage.args
+    _, first, count = view[0] if view and view[0] else (None, 0, -1)
+    numbers = torch.frombuffer(storages[key], dtype=dtype, offset=first * dtype.itemsize, count=count)
+    tensor = numbers.as_strided(size, stride, offset)  # refuses what lies outside the storage
+    if tensor.numel() > len(numbers):
+        raise pickle.UnpicklingError(f"a tensor of shape {tuple(tensor.shape)} is larger than its storage")
+    return tensor
 
 
-# ---- word embeddings -------------------------------------------------------------------------------------------------
+# ---- training aids ---------------------------------------------------------------------------------------------------
 
 def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor, int]:
-    """Pretrained word vectors in GloVe's text format, a word and its numbers a line.
+    """Pretrained word vectors (V, E) in GloVe's text format, a word and its numbers a line; and how many were found.
 
-    Returns:
-        Embeddings (V, E), uniform random with GloVe-like variance for words not in the file, and how many were found.
-
-    Raises:
-        InputError: a line whose number of values differs from the first line's, or no word of the vocabulary.
+    Words that are not in the file get uniform random numbers of GloVe-like variance.
     """
     rows: dict[int, list[float]] = {}
-    size = 0
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            word, *values = line.rstrip().split(" ")
-            if number == 1 and len(values) == 1:
-                continue  # word2vec's text format begins with the counts of words and numbers
-            size = size or len(values)
-            if len(values) != size:
-                raise InputError(f"{path}, line {number}: {len(values)} numbers where the lines before have {size}")
-            if word in word_map:
-                rows[word_map[word]] = [float(value) for value in values]
-    if not rows:
-        raise InputError(f"{path}: none of its words is in the vocabulary; GloVe's text format is a word and its "
-                         "numbers a line")
+    size = line_number = 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                line_number += 1
+                word, *values = line.rstrip().split(" ")
+                if not word or (not size and len(values) < 2):
+                    continue  # an empty line, or the two counts with which word2vec's text format begins
+                size = size or len(values)
+                if len(values) > size and not values[0].lstrip("-")[:1].isdigit():
+                    continue  # a word with a space in it: GloVe's largest file has some
+                if len(values) != size:
+                    raise ValueError(f"{len(values)} numbers where the lines before have {size}")
+                if word in word_map:
+                    rows[word_map[word]] = [float(value) for value in values]
+        if not rows:
+            raise ValueError("no word of the vocabulary up to here")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--embeddings {path}, line {line_number}: {error}; GloVe's text format is a word and its "
+                         "numbers a line") from error
     bound = math.sqrt(3 / size)
     embeddings = torch.empty(len(word_map), size).uniform_(-bound, bound)
     embeddings[list(rows)] = torch.tensor(list(rows.values()))
     return embeddings, len(rows)
 
-
-# ---- training aids ---------------------------------------------------------------------------------------------------
 
 def adjust_learning_rate(optimizer: torch.optim.Optimizer, shrink_factor: float) -> None:
     for group in optimizer.param_groups:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # the scripts lie there, and so does the folder demo
+if __name__ == "__main__":
+    sys.path[0] = str(REPOSITORY)  # where the scripts are; was this folder, whose demo.py would hide the folder demo
 
 from caption import caption_paths, to_grid  # noqa: E402
 from datasets import CaptionDataset, words_of  # noqa: E402
@@ -32,7 +33,7 @@ from utils import keep_freed_memory, load_checkpoint  # noqa: E402
 NAME = "shapes_5_cap_per_img_0_min_word_freq"
 # A small model for a small language, and higher learning rates than the defaults, to be done in minutes.
 TRAINING = ["--encoder", "efficientnet_lite0", "--encoded_image_size", "8", "--emb_dim", "64", "--attention_dim", "64",
-            "--decoder_dim", "128", "--dropout", "0.2", "--decoder_lr", "2e-3", "--encoder_lr", "1e-4",
+            "--decoder_dim", "128", "--dropout", "0.2", "--decoder_lr", "2e-3", "--encoder_lr", "3e-5",
             "--batch_size", "50", "--whole_images"]
 
 
@@ -40,8 +41,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "demo" / "output", metavar="DIR",
                         help="where all files go; what is there of an earlier demo is replaced (default: demo/output)")
-    parser.add_argument("--train", type=int, default=600, metavar="N", help="scenes to train on (default: 600)")
-    parser.add_argument("--epochs", type=int, nargs=2, default=[8, 5], metavar="N", help="by stage (default: 8 5)")
+    parser.add_argument("--train", type=int, default=1000, metavar="N", help="scenes to train on (default: 1000)")
+    parser.add_argument("--epochs", type=int, nargs=2, default=[6, 2], metavar="N", help="by stage (default: 6 2)")
     return parser
 
 

@@ -52,6 +52,7 @@ def test_the_demos_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         scripts[script].get_parser().parse_args([str(each) for each in arguments])))
     monkeypatch.setattr(demo.demo, "examine", lambda folder: {
         "bleu4": 40.0, "bleu4_blind": 12.0, "shape_words": 9, "on_object": 60.0, "by_chance": 15.0})
-    demo.demo.main(demo.demo.get_parser().parse_args(["--folder", str(tmp_path), "--train", "8"]))
+    monkeypatch.setattr(demo.demo, "draw_data_set", lambda folder, train: folder / "dataset_shapes.json")
+    demo.demo.main(demo.demo.get_parser().parse_args(["--folder", str(tmp_path)]))
     assert len(parsed) == 4
     assert "greedy: 40.0; of the same model shown other scenes: 12.0" in capsys.readouterr().out

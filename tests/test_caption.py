@@ -1,0 +1,285 @@
+"""Any picture gets its caption and a figure of where the model looked; no input is lost, and mistakes are named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_eval import Model
+
+import caption
+from caption import caption_image_beam_search, caption_paths, enlarge, find_pictures, to_grid, visualize_att
+from datasets import load_word_map, words_of
+from models import Hypothesis
+from utils import InputError
+
+REPOSITORY = Path(caption.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def model(prepared) -> Model:
+    return Model(load_word_map(prepared.folder, prepared.name))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory) -> Path:
+    return model.save(tmp_path_factory.mktemp("model") / "BEST_checkpoint_x.pth.tar")
+
+
+@pytest.fixture
+def pictures(prepared, tmp_path) -> list[Path]:
+    """Three pictures in a folder of their own."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    return [Path(shutil.copy(path, folder)) for path in sorted(prepared.pictures.glob("*test*"))[2:5]]
+
+
+@pytest.fixture
+def run(checkpoint, monkeypatch, tmp_path):
+    """Runs the script, in an empty folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run_caption(*arguments: Any) -> list[dict[str, Any]]:
+        fixed = ["--device", "cpu", "--model", checkpoint, "--max_len", 8, "--beam_size", 3]
+        return caption.main(caption.get_parser().parse_args([str(each) for each in (*fixed, *arguments)]))
+
+    return run_caption
+
+
+def sentence(hypothesis: Hypothesis, model: Model) -> str:
+    return " ".join(words_of(hypothesis.sequence, model.words))
+
+
+# ---- searching -------------------------------------------------------------------------------------------------------
+
+def test_a_sequence_and_where_the_model_looked(model, pictures):
+    start, end = model.words["<start>"], model.words["<end>"]
+    endings = set()
+    for path in pictures:
+        sequence, alphas = caption_image_beam_search(model.encoder, model.decoder, str(path), model.words, 3)
+        endings.add(sequence[-1] == end)
+        assert sequence[0] == start and start not in sequence[1:] and end not in sequence[:-1]
+        assert sequence[-1] == end or len(sequence) == 1 + 51
+        assert isinstance(alphas, list) and np.shape(alphas) == (len(sequence), 3, 3)
+        assert np.all(np.array(alphas[0]) == 1) and np.allclose(np.sum(alphas[1:], axis=(1, 2)), 1)
+    assert True in endings
+
+
+def test_the_decoder_does_not_drop_words_out(model, pictures):
+    model.decoder.train()
+    found = [caption_paths(model.encoder, model.decoder, pictures, model.words, max_len=8) for _ in range(3)]
+    assert not model.decoder.training and len({str([each[0].sequence for each in batch]) for batch in found}) == 1
+
+
+def test_n_best_begins_with_the_best(model, pictures, run):
+    results = run("--img", *pictures, "--beam_size", 5, "--n_best", 4)
+    one = run("--img", *pictures, "--beam_size", 5)
+    for result, best in zip(results, one, strict=True):
+        found = result["captions"]
+        assert len({each["caption"] for each in found}) == len(found) == 4 and found[:1] == best["captions"]
+        assert found == sorted(found, key=lambda each: (not each["finished"], -each["log_prob"]))
+
+
+def test_batches_change_nothing(model, pictures, run):
+    alone = [caption_paths(model.encoder, model.decoder, [path], model.words, 3, 8)[0][0] for path in pictures]
+    for batch_size in (1, 2, 16):
+        results = run("--img", *pictures, "--batch_size", batch_size)
+        assert [each["captions"][0]["caption"] for each in results] == [sentence(each, model) for each in alone]
+        assert [each["image"] for each in results] == [str(path) for path in pictures]
+    assert len({sentence(each, model) for each in alone}) > 1
+
+
+# ---- which pictures --------------------------------------------------------------------------------------------------
+
+def test_files_folders_and_patterns(tmp_path):
+    names = ["a.png", "B.JPG", "c[1].png", "notes.txt", "deep/d.webp", "deep/e.png", "folder.png/f.gif"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*patterns: str) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in find_pictures([str(tmp_path / each) for each in patterns])]
+
+    assert found("") == ["B.JPG", "a.png", "c[1].png"], "of a folder what is a picture, in order"
+    assert found("c[1].png") == ["c[1].png"] and found("notes.txt") == ["notes.txt"], "a file as it is named"
+    assert found("*.png") == ["a.png", "c[1].png"] and found("**/*.png") == ["a.png", "c[1].png", "deep/e.png"]
+    assert found("deep", "a.png", "*/d*", "deep") == ["deep/d.webp", "deep/e.png", "a.png"], "each once"
+    for nothing in ("*.bmp", "missing.png", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=r"--img .*: no picture there"):
+            found("a.png", nothing)
+
+
+def test_any_kind_of_picture(run, tmp_path):
+    names = {"L": "grey.png", "RGBA": "clear.png", "P": "few.gif", "CMYK": "print.jpg", "I;16": "deep.png", "1": "fax.tif"}
+    for mode, name in names.items():
+        Image.new("L", (30, 50), 128).convert(mode).save(tmp_path / name)
+    results = run("--img", *(tmp_path / name for name in names.values()), "--out", "figures")
+    assert len(results) == 6 and {path.stem for path in Path("figures").iterdir()} == {
+        f"{Path(name).stem}_attention" for name in names.values()}
+
+
+def test_an_unreadable_picture_is_named(run, pictures):
+    pictures[1].write_bytes(pictures[1].read_bytes()[:200])
+    with pytest.raises(InputError, match=rf"{pictures[1].name}: this picture cannot be read"):
+        run("--img", *pictures)
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+def test_captions_are_printed_by_picture(run, pictures, capsys):
+    results = run("--img", pictures[0].parent, "--n_best", 2)
+    expected = [f"{path}: {each['caption']}{'' if each['finished'] else ' ...'}\n"
+                for path, result in zip(pictures, results, strict=True) for each in result["captions"]]
+    assert capsys.readouterr().out == "".join(expected) and list(Path().iterdir()) == []
+
+
+def test_unfinished_captions_are_marked(run, pictures, capsys):
+    assert not run("--img", pictures[0], "--max_len", 1, "--beam_size", 1)[0]["captions"][0]["finished"]
+    assert capsys.readouterr().out.endswith(" ...\n")
+
+
+def test_json_in_a_file_or_instead_of_lines(run, pictures, capsys):
+    results = run("--img", *pictures, "--json", "deep/captions.json")
+    assert json.loads(Path("deep/captions.json").read_text()) == results and len(capsys.readouterr().out.splitlines()) == 3
+    assert run("--img", *pictures, "--json") == json.loads(capsys.readouterr().out) == results
+    assert list(results[0]) == ["image", "captions"] and list(results[0]["captions"][0]) == ["caption", "log_prob",
+                                                                                         "finished"]
+
+
+@pytest.mark.parametrize("out, count, files", [
+    ("figure.png", 1, ["figure.png"]), ("deep/figure.PNG", 1, ["deep/figure.PNG"]), ("folder", 1, ["folder/{}_attention.png"]),
+    ("v1.2", 3, ["v1.2/{}_attention.png"] * 3), ("there.png", 1, ["there.png/{}_attention.png"])])
+def test_figures_go_where_they_are_sent(out, count, files, run, pictures):
+    Path("there.png").mkdir()
+    run("--img", *pictures[:count], "--out", out)
+    expected = {file.format(path.stem) for file, path in zip(files, pictures, strict=False)}
+    assert {str(path) for path in Path().glob("**/*") if path.is_file()} == expected
+    for path in expected:
+        with Image.open(path) as figure:
+            assert figure.format == "PNG" and figure.size[0] == 1200
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--out", "{0}"], ["--out", "{folder}/../pictures/{name}"], ["--out", "link.png"], ["--json", "{0}"],
+    ["--out", "{folder}", "{folder}/x.png", "{folder}/x_attention.png"], ["--out", "all", "{folder}/x.png", "more/x.png"],
+    ["--out", "all.png", "{1}"], ["--out", "all.jpg"]])
+def test_no_picture_is_overwritten(arguments, run, pictures):
+    """Neither inputs by figures or results, nor one figure by the next."""
+    folder = pictures[0].parent
+    Path("link.png").symlink_to(pictures[0])
+    Path("more").mkdir()
+    for path in (folder / "x.png", folder / "x_attention.png", Path("more", "x.png")):
+        shutil.copy(pictures[2], path)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    flag, value, *more = [each.format(*pictures, folder=folder, name=pictures[0].name) for each in arguments]
+    with pytest.raises(InputError, match=flag):
+        run("--img", pictures[0], *more, flag, value)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before and not Path("all").exists()
+
+
+@pytest.mark.parametrize("names, message", [([], "this folder has no BEST_checkpoint"),
+                                            (["a", "b"], "there are BEST_checkpoint_a.pth.tar, BEST_checkpoint_b")])
+def test_which_model_is_not_guessed(names, message, run, pictures):
+    for name in names:
+        Path(f"BEST_checkpoint_{name}.pth.tar").touch()
+    with pytest.raises(InputError, match=rf"say which model with --model FILE: {message}"):
+        caption.main(caption.get_parser().parse_args(["--img", str(pictures[0])]))
+
+
+def test_the_only_model_is_taken(checkpoint, run, pictures):
+    shutil.copy(checkpoint, Path())
+    Path("checkpoint_x.pth.tar").touch()
+    expected = run("--img", pictures[0])
+    arguments = ["--img", str(pictures[0]), "--max_len", "8", "--beam_size", "3", "--device", "cpu"]
+    assert caption.main(caption.get_parser().parse_args(arguments)) == expected
+
+
+@pytest.mark.parametrize("arguments", [["--beam_size", 0], ["--n_best", 0], ["--n_best", 4], ["--max_len", 0],
+                                       ["--batch_size", 0]])
+def test_impossible_numbers_are_named(arguments, run, pictures):
+    with pytest.raises(InputError, match=arguments[0]):
+        run("--img", pictures[0], *arguments)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+WORDS = {0: "<start>", 1: "<end>", 2: "a", 3: "$5", 4: "unbelievable_$_word"}
+
+
+@pytest.mark.parametrize("n_words", [1, 3, 4, 12, 20])
+@pytest.mark.parametrize("shape", [(14, 14), (1, 1), (3, 4), (10, 7)])
+def test_a_panel_for_each_word(n_words, shape, pictures, tmp_path):
+    sequence = [0, *(2 + i % 3 for i in range(n_words)), 1]
+    alphas = np.random.default_rng(0).random((n_words + 2, *shape))
+    figure = visualize_att(pictures[0], sequence, alphas.tolist(), WORDS)
+    assert [axes.get_title() for axes in figure.axes] == [WORDS[index] for index in sequence]
+    assert [len(axes.images) for axes in figure.axes] == [1] + [2] * (n_words + 1), "nothing lies over <start>'s"
+    assert not any(axes.axison for axes in figure.axes)
+    if shape == (3, 4):
+        figure.savefig(tmp_path / "figure.png", dpi=20)
+        assert Image.open(tmp_path / "figure.png").size[1] == 64 * -(-(n_words + 2) // 5), "five in a row"
+
+
+def test_as_many_weights_as_words(pictures):
+    with pytest.raises(ValueError, match="zip"):
+        visualize_att(pictures[0], [0, 2, 1], np.ones((2, 3, 3)), WORDS)
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_it_is_bright_where_the_model_looks(smooth, tmp_path):
+    """On the pixels as they are drawn, of a picture all grey."""
+    Image.new("RGB", (90, 60), "grey").save(tmp_path / "grey.png")
+    alphas = np.full((2, 4, 4), 0.02)
+    alphas[1, 3, 1] = 0.7
+    visualize_att(tmp_path / "grey.png", [0, 2], alphas, WORDS, smooth).savefig(tmp_path / "out.png", dpi=100)
+    drawn = np.array(Image.open(tmp_path / "out.png").convert("L")).astype(int)
+    panel = drawn[40:310, 305:595]                                      # the second panel, with some of its margin
+    inside = panel[:, panel.min(0) < 200][panel.min(1) < 200].astype(float)
+    cells = inside[:inside.shape[0] // 4 * 4, :inside.shape[1] // 4 * 4]
+    cells = cells.reshape(4, cells.shape[0] // 4, 4, -1).mean((1, 3))
+    assert np.unravel_index(cells.argmax(), (4, 4)) == (3, 1) and cells.max() > 120 and cells[0].max() < 60
+
+
+@pytest.mark.parametrize("shape", [(14, 14), (8, 8), (3, 4), (1, 1)])
+def test_pixels_are_enlarged_as_they_are_or_smoothly(shape):
+    alpha = np.random.default_rng(1).random(shape)
+    plain, smooth = enlarge(alpha, 336, False), enlarge(alpha, 336, True)
+    assert plain.shape == smooth.shape == (336, 336)
+    assert set(np.unique(plain.round(9))) == set(alpha.round(9).flat)
+    centres = [(np.arange(n) * 2 + 1) * 336 // (2 * n) for n in shape]
+    assert np.allclose(plain[np.ix_(*centres)], alpha)
+    steps = np.abs(np.diff(smooth, axis=1)).max()
+    assert steps < 0.1 and steps <= np.abs(np.diff(plain, axis=1)).max()
+
+
+@pytest.mark.parametrize("flags, smooth", [([], True), (["--dont_smooth"], False)])
+def test_the_best_caption_is_drawn(flags, smooth, model, run, pictures, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(caption, "visualize_att", lambda *arguments: drawn.append(arguments) or visualize_att(*arguments))
+    run("--img", *pictures, "--out", "figures", "--n_best", 3, *flags)
+    assert len(drawn) == 3
+    for path, (of, sequence, alphas, rev_word_map, how) in zip(pictures, drawn, strict=True):
+        best = caption_paths(model.encoder, model.decoder, [path], model.words, 3, 8)[0][0]
+        assert of == path and sequence == best.sequence and how is smooth and rev_word_map[sequence[0]] == "<start>"
+        assert torch.allclose(alphas, to_grid(best.alphas), atol=1e-5)
+
+
+def test_no_display_is_asked_for(checkpoint, pictures, tmp_path):
+    """As a command, where matplotlib's windows cannot be opened; and a mistake is one line and status 1."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__'); print('matplotlib.pyplot' in sys.modules)"
+    command = [sys.executable, "-W", "error", "-c", f"import sys; sys.argv = sys.argv[1:]; {code}", REPOSITORY / "caption.py"]
+    arguments = ["--model", checkpoint, "--max_len", "5", "--device", "cpu", "--img"]
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
+    environment |= {"MPLBACKEND": "tkagg", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([*command, *arguments, pictures[0], "--out", tmp_path / "x.png"], env=environment,
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("False\n") and (tmp_path / "x.png").is_file()

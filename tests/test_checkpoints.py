@@ -1,0 +1,581 @@
+"""Checkpoints: ours are whole and plain; the original tutorial's are read as data; a hostile file runs nothing."""
+
+import collections
+import functools
+import io
+import itertools
+import json
+import pickle
+import struct
+import sys
+import tracemalloc
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+import caption
+import utils
+from models import DecoderWithAttention, Encoder, build_models
+from utils import InputError, load_checkpoint, save_checkpoint
+
+WORDS = {word: index for index, word in enumerate(("<pad>", *"abcdefg", "<unk>", "<start>", "<end>"))}
+CAPTIONS = torch.tensor([[9, 1, 2, 10], [9, 3, 10, 0]]), torch.tensor([[4], [3]])
+BOTH_CONTAINERS = pytest.mark.parametrize("container", ["zip", "stream"])
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests of dicts, lists and tensors hold the same."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# ---- ours ------------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def our_state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    encoder = Encoder(3, "mobilenet_v3_small")
+    arguments = {"attention_dim": 5, "embed_dim": 6, "decoder_dim": 7, "vocab_size": len(WORDS), "dropout": 0.5,
+                 "encoder_dim": encoder.encoder_dim}
+    decoder = DecoderWithAttention(**arguments)
+    optimizer = torch.optim.Adam(decoder.parameters())
+    decoder.fc.bias.sum().backward()
+    optimizer.step()
+    return {"encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "word_map": WORDS,
+            "model": {"encoder": "mobilenet_v3_small", "encoded_image_size": 3, **arguments},
+            "preprocessing": {"mean": [0.5]}, "scores": {"bleu4": 1.5},
+            "training": {"epoch": 3, "optimizers": {"decoder": optimizer.state_dict()}}}
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("ours") / "BEST_checkpoint_x.pth.tar"
+    save_checkpoint(path, our_state())
+    return path
+
+
+def test_a_saved_checkpoint_comes_back_the_same(ours):
+    assert same(torch.load(ours, weights_only=True), {"format": 1, **our_state()})
+    assert same(load_checkpoint(ours), {"format": 1, **our_state()})
+    assert load_checkpoint(ours, {"another": 0})["word_map"] == WORDS, "its own word map counts"
+
+
+def test_models_are_rebuilt_with_the_same_outputs(ours):
+    encoder, decoder = build_models(load_checkpoint(ours))
+    same_encoder = Encoder(3, "mobilenet_v3_small")
+    same_encoder.load_state_dict(our_state()["encoder"])
+    same_decoder = DecoderWithAttention(5, 6, 7, len(WORDS), 576).eval()
+    same_decoder.load_state_dict(our_state()["decoder"])
+    pictures = torch.randn(2, 3, 64, 64)
+    features = encoder(pictures)
+    assert features.shape == (2, 3, 3, 576) and torch.equal(features, same_encoder(pictures))
+    assert same(decoder(features, *CAPTIONS), same_decoder(features, *CAPTIONS)), "no dropout"
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "deep" / "checkpoint.pth.tar"
+    save_checkpoint(path, {"a": 1})
+    before = path.read_bytes()
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_checkpoint(path, {"weights": torch.zeros(10_000), "not plain": lambda: None})
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def save(path: Path, **changes: Any) -> None:
+    save_checkpoint(path, {**our_state(), **changes})
+
+
+def write_zip(path: Path, **files: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name.replace("__", "/"), content)
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut short": lambda path: (save(path), path.write_bytes(path.read_bytes()[:100_000])),
+    "a number changed": lambda path: (save(path), path.write_bytes(path.read_bytes().replace(b"encoder", b"encodeR"))),
+    "random bytes": lambda path: path.write_bytes(bytes(i * i % 251 for i in range(5000))),
+    "text": lambda path: path.write_text("Not Found\n"),
+    "a web page": lambda path: path.write_text("<!DOCTYPE html><html>quota exceeded</html>"),
+    "a pickled string": lambda path: path.write_bytes(pickle.dumps("hello")),
+    "a tensor": lambda path: torch.save(torch.zeros(2), path),
+    "a list": lambda path: torch.save(["format", "encoder", "decoder", "word_map", "model"], path),
+    "other keys": lambda path: torch.save({"state_dict": {}}, path),
+    "no format": lambda path: torch.save(our_state(), path),
+    "another zip": lambda path: write_zip(path, letter=b"Dear"),
+    "a zip of nothing": lambda path: write_zip(path),
+    "a zip of no pickle": lambda path: write_zip(path, **{"a__data.pkl": b"hello", "a__version": b"3"}),
+    "a newer format": lambda path: save_checkpoint(path, {**our_state(), "format": 2}),
+    "a strange format": lambda path: save_checkpoint(path, {**our_state(), "format": "x"}),
+    "too few words": lambda path: save(path, word_map={"<pad>": 0}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_no_checkpoint_is_named_in_one_line(damage, tmp_path):
+    path = tmp_path / "model.pth.tar"
+    DAMAGES[damage](path)
+    with pytest.raises(InputError) as error:
+        load_checkpoint(path, WORDS)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["missing.pth.tar", "."])
+def test_no_such_file(name, tmp_path):
+    with pytest.raises(InputError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"format": 2}, r"newer version .*format 2"), ({"word_map": None}, "give it with --word_map"),
+    ({"word_map": {"a": 0}}, "knows 11 words, the word map has 1; give")])
+def test_the_message_says_what_to_do(change, message, tmp_path):
+    save(tmp_path / "model.pth.tar", **change)
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(tmp_path / "model.pth.tar")
+
+
+# ---- the original tutorial's, made by today's PyTorch ----------------------------------------------------------------
+
+class Tutorials(NamedTuple):
+    """What the original tutorial would have saved."""
+
+    encoder: Encoder
+    decoder: DecoderWithAttention
+    optimizer: torch.optim.Adam
+
+    def save(self, path: Path, container: str, encoder_optimizer: Any = None) -> Path:
+        torch.save({"epoch": 7, "epochs_since_improvement": 2, "bleu-4": 0.2325, "encoder": self.encoder,
+                    "decoder": self.decoder, "encoder_optimizer": encoder_optimizer,
+                    "decoder_optimizer": self.optimizer}, path, _use_new_zipfile_serialization=container == "zip")
+        return path
+
+    def same_outputs(self, state: dict[str, Any]) -> bool:
+        pictures = torch.randn(2, 3, 64, 64)
+        encoder, decoder = build_models(state)
+        features = encoder(pictures)
+        return (torch.equal(features, self.encoder(pictures))
+                and same(decoder(features, *CAPTIONS), self.decoder(features, *CAPTIONS)))
+
+
+@pytest.fixture(scope="module")
+def tutorials() -> Tutorials:
+    """A small model, trained by one step, with the attributes that the tutorial's had, and only those."""
+    torch.manual_seed(0)
+    encoder = Encoder(4, "resnet18")
+    for layer in encoder.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.num_batches_tracked.fill_(9)
+    decoder = DecoderWithAttention(5, 6, 7, len(WORDS), encoder.encoder_dim)
+    del encoder.first_tuned, encoder.encoder_dim
+    decoder.attention_dim, decoder.embed_dim, decoder.decoder_dim = 5, 6, 7
+    decoder.attention.relu, decoder.attention.softmax, decoder.sigmoid = nn.ReLU(), nn.Softmax(dim=1), nn.Sigmoid()
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-4)
+    sum(parameter.sum() for parameter in decoder.parameters()).backward()
+    optimizer.step()
+    return Tutorials(encoder, decoder.eval(), optimizer)
+
+
+@pytest.mark.filterwarnings("error")
+@BOTH_CONTAINERS
+def test_whole_modules_load(container, tutorials, tmp_path):
+    path = tutorials.save(tmp_path / "BEST_coco.pth.tar", container)
+    assert zipfile.is_zipfile(path) == (container == "zip")
+    state = load_checkpoint(path, WORDS)
+    assert same(state["encoder"], dict(tutorials.encoder.state_dict()))
+    assert same(state["decoder"], dict(tutorials.decoder.state_dict()))
+    assert state["scores"] == {"bleu4_teacher_forced": pytest.approx(23.25)} and state["training"] is None
+    assert tutorials.same_outputs(state)
+
+
+def test_old_checkpoints_caption(tutorials, tmp_path, capsys):
+    """With Adam of a fine-tuned encoder in the file, and the word map in its own."""
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(3))], lr=1e-4)
+    path = tutorials.save(tmp_path / "x.pth.tar", "stream", optimizer)
+    (tmp_path / "words.json").write_text(json.dumps(WORDS))
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    arguments = ["--img", str(tmp_path / "red.png"), "--model", str(path), "--max_len", "4", "--device", "cpu"]
+    with pytest.raises(InputError, match=r"x\.pth\.tar: .* no word map; give it with --word_map"):
+        caption.main(caption.get_parser().parse_args(arguments))
+    arguments += ["--word_map", str(tmp_path / "words.json"), "--out", str(tmp_path / "out.png")]
+    found = caption.main(caption.get_parser().parse_args(arguments))[0]["captions"][0]["caption"]
+    assert 0 < len(found.split()) <= 4 and set(found.split()) <= {*"abcdefg", "<unk>"}
+    assert found in capsys.readouterr().out and (tmp_path / "out.png").is_file()
+
+
+@pytest.mark.parametrize("name, blocks", {"resnet18": 2, "resnet34": 6, "resnet50": 6, "resnet101": 23,
+                                          "resnet152": 36}.items())
+def test_the_encoder_is_told_from_its_weights(name, blocks, monkeypatch):
+    encoder = {f"resnet.6.{i}.conv{1 if blocks < 6 or name == 'resnet34' else 3}.weight": 0 for i in range(blocks)}
+    decoder = dict.fromkeys(("embedding.weight", "attention.encoder_att.weight", "init_h.weight"), torch.zeros(2, 3))
+    pickled = {"encoder": utils._Inert(), "decoder": utils._Inert()}
+    pickled["encoder"].state = {"enc_image_size": 14}
+    monkeypatch.setattr(utils, "_read_container", lambda _: (pickled, {}))
+    monkeypatch.setattr(utils, "_state_dict", lambda module, _: encoder if module is pickled["encoder"] else decoder)
+    assert utils._load_pickled_modules("")["model"] == {
+        "encoder": name, "encoded_image_size": 14, "attention_dim": 2, "encoder_dim": 3, "vocab_size": 2,
+        "embed_dim": 3, "decoder_dim": 2, "dropout": 0.5}
+
+
+# ---- pickles written by hand -----------------------------------------------------------------------------------------
+
+class Name(NamedTuple):
+    """A class or function, by its name."""
+
+    module: str
+    name: str
+
+
+class Call(NamedTuple):
+    function: Any
+    arguments: Any
+
+
+class Built(NamedTuple):
+    """A thing, and the state that is set on it."""
+
+    thing: Any
+    state: Any
+
+
+class Saved(NamedTuple):
+    """What PyTorch keeps outside the pickle."""
+
+    id: tuple
+
+
+class Ordered(dict):
+    """An OrderedDict."""
+
+
+class Raw(bytes):
+    """Opcodes as they are."""
+
+
+def opcodes(value: Any) -> bytes:
+    """A value in pickle's protocol 2, as Python 3.6 wrote it."""
+    match value:
+        case Raw():
+            return value
+        case Name():
+            return f"c{value.module}\n{value.name}\n".encode()
+        case Call():
+            return opcodes(value.function) + opcodes(value.arguments) + b"R"
+        case Built():
+            return opcodes(value.thing) + opcodes(value.state) + b"b"
+        case Saved():
+            return opcodes(value.id) + b"Q"
+        case dict():
+            start = opcodes(Call(Name("collections", "OrderedDict"), ())) if isinstance(value, Ordered) else b"}"
+            return start + b"(" + b"".join(map(opcodes, itertools.chain(*value.items()))) + b"u"
+        case list() | tuple():
+            items = b"(" + b"".join(map(opcodes, value))
+            return items + b"t" if isinstance(value, tuple) else b"]" + items + b"e"
+        case _:
+            return pickle.dumps(value, 2)[2:-1]
+
+
+def instance(name: Name | Raw, state: Any) -> Built:
+    return Built(Raw(opcodes(name) + b")\x81"), state)
+
+
+def write_old(path: Path, container: str, content: Any, storages: dict[str, torch.Tensor]) -> Path:
+    """A file of one of PyTorch's two containers around a pickle."""
+    content = b"\x80\x02" + opcodes(content) + b"."
+    numbers = {key: storage.numpy().tobytes() for key, storage in storages.items()}
+    if container == "zip":
+        write_zip(path, **{"a__data.pkl": content, "a__version": b"3\n"},
+                  **{f"a__data__{key}": each for key, each in numbers.items()})
+        return path
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    heads = b"".join(pickle.dumps(each, 2) for each in (0x1950a86a20f9469cfc6c, 1001, system))
+    tail = b"".join(struct.pack("<q", storages[key].numel()) + numbers[key] for key in storages)
+    path.write_bytes(heads + content + pickle.dumps(list(storages), 2) + tail)
+    return path
+
+
+REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
+ENCODER = Name("models", "Encoder")
+
+
+class Hand:
+    """Pickles modules the way PyTorch 0.4 did on a GPU, and keeps their storages."""
+
+    def __init__(self) -> None:
+        self.storages: dict[str, torch.Tensor] = {}
+
+    def tensor(self, tensor: torch.Tensor) -> Call:
+        """In the middle of a storage; a matrix by columns."""
+        key, matrix = str(94000 + len(self.storages)), tensor.dim() == 2
+        numbers = tensor.t().flatten() if matrix else tensor.flatten()
+        self.storages[key] = torch.cat([torch.full((3,), torch.nan), numbers, torch.full((2,), torch.nan)])
+        storage = Saved(("storage", Name("torch", "FloatStorage"), key, "cuda:0", tensor.numel() + 5, None))
+        stride = (1, tensor.size(0)) if matrix else tensor.stride()
+        return Call(REBUILD, (storage, 3, tuple(tensor.shape), stride, False, Ordered()))
+
+    def parameter(self, parameter: nn.Parameter | None) -> Call | None:
+        return parameter if parameter is None else Call(Name("torch.nn.parameter", "Parameter"),
+                                                        (self.tensor(parameter.detach()), True))
+
+    def module(self, module: nn.Module) -> Built:
+        kind = Name(type(module).__module__, type(module).__qualname__)
+        with_source = Saved(("module", kind, "/home/me/models.py", "class Encoder(nn.Module):\n    ..."))
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | tuple | str)}
+        return instance(Raw(opcodes(with_source)), {
+            "_backend": Call(Name("torch.nn.backends.thnn", "_get_thnn_function_backend"), ()), **plain,
+            **{name: Ordered() for name in ("_backward_hooks", "_forward_hooks", "_forward_pre_hooks")},
+            "_parameters": Ordered({name: self.parameter(each) for name, each in module._parameters.items()}),
+            "_buffers": Ordered({name: self.tensor(each) for name, each in module._buffers.items()
+                                 if name != "num_batches_tracked"}),
+            "_modules": Ordered({name: self.module(each) for name, each in module._modules.items()})})
+
+
+@pytest.mark.filterwarnings("error")
+@BOTH_CONTAINERS
+def test_pytorch_0_4_checkpoints_load(container, tutorials, tmp_path):
+    hand = Hand()
+    defaults = Call(Name("collections", "defaultdict"), (Name("__builtin__", "dict"),))
+    adam = instance(Name("torch.optim.adam", "Adam"), {"param_groups": [{"lr": 1e-4}], "state": defaults})
+    content = {"epoch": 20, "epochs_since_improvement": 0, "bleu-4": 0.24, "encoder": hand.module(tutorials.encoder),
+               "decoder": hand.module(tutorials.decoder), "encoder_optimizer": adam, "decoder_optimizer": adam}
+    state = load_checkpoint(write_old(tmp_path / "BEST_coco.pth.tar", container, content, hand.storages), WORDS)
+    expected = {name: value for name, value in tutorials.encoder.state_dict().items()
+                if not name.endswith("num_batches_tracked")}
+    assert len(expected) == 100 and same(state["encoder"], expected)
+    assert same(state["decoder"], dict(tutorials.decoder.state_dict()))
+    assert tutorials.same_outputs(state)
+
+
+def test_a_view_of_a_storage_begins_where_it_says():
+    storage = utils._Inert("storage", torch.float32, "7", "cuda:0", 10, ("8", 4, 6))
+    numbers = {"7": bytearray(torch.arange(10.0).numpy().tobytes())}
+    assert utils._to_tensor(utils._Inert(storage, 1, (2, 2), (2, 1)), numbers).tolist() == [[5, 6], [7, 8]]
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        utils._to_tensor(utils._Inert(storage, 3, (2, 2), (2, 1)), numbers)
+
+
+# ---- hostile files ---------------------------------------------------------------------------------------------------
+
+def attacks(proof: Path | str = "") -> dict[str, Any]:
+    """Values that write the file `proof`, if what they name is run."""
+    command, code = f"touch '{proof}'", f"open({str(proof)!r}, 'w').close()"
+    system, argument = Name("os", "system"), f"S{command!r}\n".encode()
+
+    def dotted(module: str, name: str) -> Raw:
+        return Raw(opcodes(module) + opcodes(name) + b"\x93")  # STACK_GLOBAL, by which protocol 4 reaches into classes
+
+    return {
+        "os.system": Call(system, (command,)),
+        "posix.system": Call(Name("posix", "system"), (command,)),
+        "eval": Call(Name("builtins", "eval"), (code,)),
+        "Python 2's eval": Call(Name("__builtin__", "eval"), (code,)),
+        "exec": Call(Name("builtins", "exec"), (code,)),
+        "getattr": Call(Call(Name("builtins", "getattr"), (Call(Name("builtins", "__import__"), ("os",)), "system")),
+                        (command,)),
+        "subprocess": Call(Name("subprocess", "check_call"), (["touch", str(proof)],)),
+        "a method": Call(dotted("pathlib", "Path.touch"), (Call(Name("pathlib", "Path"), (str(proof),)),)),
+        "through a module of ours": Call(dotted("utils", "os.system"), (command,)),
+        "a method of an allowed class": Call(dotted("collections", "OrderedDict.fromkeys"), ([1, 2],)),
+        "a name in two parts": Call(dotted("torch", "_utils._import_dotted_name"), ("os.system",)),
+        "beside an allowed function": Call(dotted("torch._utils", "_rebuild_tensor_v2.__globals__.get"), ("os",)),
+        "INST": Raw(b"(" + argument + b"ios\nsystem\n"),
+        "OBJ": Raw(b"(" + opcodes(system) + argument + b"o"),
+        "NEWOBJ": Raw(opcodes(Name("subprocess", "Popen")) + opcodes((["touch", str(proof)],)) + b"\x81"),
+        "__setstate__": Built(instance(ENCODER, {"__setstate__": system}), command),
+        "__setstate__ of the class": Built(instance(Built(ENCODER, (None, {"__setstate__": system})), {}), command),
+        "__class__": instance(ENCODER, (None, {"__class__": Name("subprocess", "Popen")})),
+        "a module in a module": instance(ENCODER, {"_modules": Ordered({"resnet": Call(system, (command,))})}),
+        "a forward hook": instance(ENCODER, {"_forward_hooks": Ordered({0: system})}),
+        "a factory": Built(Call(Name("collections", "defaultdict"), (system,)), {}),
+        "an iterator": Call(Name("builtins", "set"), (Call(Name("builtins", "map"), (system, [command])),)),
+        "a module's class": Saved(("module", system, "models.py", "import os")),
+        "a storage's type": Saved(("storage", system, "0", "cpu", 1)),
+        "a storage's place": Saved(("storage", Name("torch", "FloatStorage"), "0", Call(system, (command,)), 1)),
+    }
+
+
+def reachable() -> list[Any]:
+    """All that an old checkpoint's pickle can lay hands on."""
+    classes = (utils._Inert, dict, set, collections.defaultdict, collections.OrderedDict, nn.Parameter)
+    return [*(dict(vars(each)) for each in classes), dict(utils.ALLOWED), set(sys.modules),
+            torch._utils._rebuild_tensor_v2]
+
+
+@BOTH_CONTAINERS
+@pytest.mark.parametrize("attack", attacks())
+def test_code_is_refused_and_does_not_run(attack, container, tmp_path):
+    content = {"epoch": attacks(tmp_path / "proof")[attack]}
+    path, before = write_old(tmp_path / "x.pth.tar", container, content, {"0": torch.zeros(1)}), reachable()
+    with pytest.raises(InputError, match=r"x\.pth\.tar: refused, .* it names "):
+        load_checkpoint(path, WORDS)
+    assert not (tmp_path / "proof").exists() and reachable() == before
+
+
+@pytest.mark.parametrize("attack", ["os.system", "posix.system", "eval", "exec", "getattr", "subprocess", "a method",
+                                    "through a module of ours", "INST", "OBJ", "an iterator", "a storage's place"])
+def test_the_attacks_are_real(attack, tmp_path):
+    """Python's own unpickler runs them, so it means something that nothing happened."""
+    class Trusting(pickle.Unpickler):
+        def persistent_load(self, saved_id: Any) -> None:
+            pass
+
+    Trusting(io.BytesIO(b"\x80\x04" + opcodes(attacks(tmp_path / "proof")[attack]) + b".")).load()
+    assert (tmp_path / "proof").exists()
+
+
+STORAGE = ("storage", Name("torch", "FloatStorage"), "0", "cpu", 4)
+FITS = (Saved(STORAGE), 1, (3,), (1,))
+TENSOR = Call(REBUILD, FITS)
+
+
+def tiny_old(encoder: dict[str, Any], decoder: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The smallest old checkpoint that loads, with more state; its ResNet has two blocks of one weight each."""
+    hand = Hand()
+
+    def module(state: dict[str, Any], **children: Any) -> Built:
+        held = {"_parameters": Ordered(), "_buffers": Ordered(), "_modules": Ordered(children)}
+        return instance(ENCODER, {**held, **state})
+
+    blocks = {str(i): hand.module(nn.Linear(1, 1)) for i in range(2)}
+    content = {"encoder": module({"enc_image_size": 14, **encoder}, resnet=module({}, **{"6": module({}, **blocks)})),
+               "decoder": module(decoder, embedding=hand.module(nn.Embedding(len(WORDS), 3)),
+                                 attention=module({}, encoder_att=hand.module(nn.Linear(3, 2))),
+                                 init_h=hand.module(nn.Linear(3, 4))), "more": TENSOR}
+    return content, {**hand.storages, "0": torch.arange(4.0)}
+
+
+@BOTH_CONTAINERS
+def test_hostile_attributes_do_nothing(container, tmp_path):
+    """Kept as data, whatever they are called."""
+    names = ("__class__", "__setstate__", "__getattr__", "__reduce__", "__del__", "items", "state", "_forward_hooks")
+    state = {name: [Name("builtins", "set"), Name("torch.nn.parameter", "Parameter")] for name in names}
+    path = write_old(tmp_path / "x.pth.tar", container, *tiny_old(state, state))
+    before = reachable()
+    loaded = load_checkpoint(path, WORDS)
+    assert reachable() == before and loaded["model"]["decoder_dim"] == 4 and len(loaded["decoder"]) == 5
+    assert all(type(tensor) is torch.Tensor for name in ("encoder", "decoder") for tensor in loaded[name].values())
+
+
+TENSORS = {
+    "fits": FITS,
+    "no arguments": (), "no storage": ("storage", 0, (1,), (1,)), "a number as storage": (7, 0, (1,), (1,)),
+    "larger than any memory": (Saved(STORAGE), 0, (10**12,), (1,)),
+    "a storage that claims so too": (Saved((*STORAGE[:4], 10**12)), 0, (10**12,), (1,)),
+    "one number for all": (Saved(STORAGE), 0, (10**12,), (0,)), "one number for five": (Saved(STORAGE), 0, (5,), (0,)),
+    "too many": (Saved(STORAGE), 0, (5,), (1,)), "too far on": (Saved(STORAGE), 4, (1,), (1,)),
+    "a long stride": (Saved(STORAGE), 0, (2, 2), (2**62, 1)), "before the first": (Saved(STORAGE), -1, (1,), (1,)),
+    "backwards": (Saved(STORAGE), 3, (2,), (-1,)), "a product too large": (Saved(STORAGE), 0, (2**32, 2**32), (0, 0)),
+    "words": (Saved(STORAGE), 0, ("x",), ("y",)),
+    "no such file": (Saved((*STORAGE[:2], "../x", "cpu", 4)), 0, (1,), (1,)),
+    "a view beyond": (Saved((*STORAGE, ("1", 3, 2))), 0, (1,), (1,)),
+    "a storage of modules": (Saved(("storage", ENCODER, "0", "cpu", 4)), 0, (1,), (1,)),
+}
+
+
+@BOTH_CONTAINERS
+@pytest.mark.parametrize("case", TENSORS)
+def test_only_what_is_in_the_file_becomes_a_tensor(case, container, tmp_path):
+    content = tiny_old({}, {"_buffers": Ordered({"extra": Call(REBUILD, TENSORS[case])})})
+    path = write_old(tmp_path / "x.pth.tar", container, *content)
+    if case == "fits":
+        assert load_checkpoint(path, WORDS)["decoder"]["extra"].tolist() == [1, 2, 3]
+    else:
+        with pytest.raises(InputError, match=r"x\.pth\.tar: refused"):
+            load_checkpoint(path, WORDS)
+
+
+IN_ITSELF = Raw(opcodes(ENCODER) + b")\x81q\x63}(" + opcodes("_modules") + b"}" + opcodes("again") + b"h\x63s"
+                + opcodes("_parameters") + b"}" + opcodes("_buffers") + b"}ub")
+STATES = {
+    "a class for a module": ({"encoder": ENCODER}, {}), "nothing for a module": ({"decoder": None}, {}),
+    "a module without state": ({"encoder": Raw(opcodes(ENCODER) + b")\x81")}, {}),
+    "a module in itself": ({"encoder": IN_ITSELF}, {}), "a strange score": ({"bleu-4": Call(ENCODER, ())}, {}),
+    "an OrderedDict of numbers": ({"epoch": Call(Name("collections", "OrderedDict"), (5, 6, 7))}, {}),
+    "a Parameter of nothing": ({}, {"_parameters": {"x": Call(Name("torch.nn.parameter", "Parameter"), ())}}),
+    "a Parameter of a list": ({}, {"_parameters": {"x": Call(Name("torch.nn.parameter", "Parameter"), ([1],))}}),
+    "a number for a name": ({}, {"_parameters": {7: TENSOR}}), "a list of parameters": ({}, {"_parameters": [TENSOR]}),
+    "a word for a tensor": ({}, {"_buffers": {"x": "y"}}), "no children": ({}, {"_modules": {}}),
+    "a huge map": ({}, {"enc_image_size": 10**9}), "a word for the map": ({}, {"enc_image_size": "14"}),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_impossible_states_are_refused(case, tmp_path):
+    changes, encoder = STATES[case]
+    content, storages = tiny_old(encoder, {})
+    with pytest.raises(InputError, match=r"x\.pth\.tar: refused"):
+        load_checkpoint(write_old(tmp_path / "x.pth.tar", "stream", {**content, **changes}, storages), WORDS)
+
+
+@pytest.mark.parametrize("bomb", ["data.pkl", "data/0"])
+def test_a_zip_bomb_is_not_unpacked(bomb, tmp_path):
+    content = {"data.pkl": b"\x80\x02" + opcodes(TENSOR) + b".", "data/0": bytes(16), bomb: bytes(10**6)}
+    with zipfile.ZipFile(tmp_path / "x.pth.tar", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, each in content.items():
+            archive.writestr(f"a/{name}", each)
+    with pytest.raises(InputError, match=r"refused.*compressed"):
+        load_checkpoint(tmp_path / "x.pth.tar", WORDS)
+
+
+def test_a_large_memo_takes_no_memory():
+    """Python's unpickler in C makes an array as long as the highest number that a pickle calls something by."""
+    pickled = b"\x80\x02}r" + struct.pack("<I", 2**25) + b"."
+    tracemalloc.start()
+    try:
+        assert utils._OldUnpickler(io.BytesIO(pickled)).load() == {} and tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
+LANGUAGE = [
+    *(opcodes(Name(*name.rsplit(".", 1))) for name in ("models.Encoder", "builtins.dict", "builtins.set",
+                                                       "torch.FloatStorage", "collections.defaultdict")),
+    *map(opcodes, (None, 1, "x", "__class__", "state", (), ("storage",), {}, [], {"__init__": 1}, (None, {"hit": 1}))),
+    *(bytes([each]) for each in b"(t\x85\x86R\x81\x92boQsuae\x90\x9401\x8f\x93"),
+    b"q\x00", b"h\x00", b"q\x01", b"h\x01"]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from(LANGUAGE), max_size=25))
+def test_no_program_of_allowed_names_reaches_anything(program):
+    """Whatever opcodes do with the allowed names ends in an error, or in plain data and stand-ins."""
+    before = reachable()
+    try:
+        found = utils._OldUnpickler(io.BytesIO(b"\x80\x04" + b"".join(program) + b".")).load()
+    except Exception:
+        found = None
+    assert reachable() == before
+    plain = str, int, type(None), tuple, list, dict, set, frozenset
+    assert isinstance(found, (*plain, type, torch.dtype, utils._Inert))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_damaged_old_file_is_read_or_refused(data, tmp_path_factory):
+    """Some bytes changed: one line of refusal at worst."""
+    path = write_old(tmp_path_factory.getbasetemp() / "damaged.pth.tar", "stream", *tiny_old({}, {}))
+    content = bytearray(path.read_bytes())
+    places = st.integers(0, len(content) - 1)
+    for place, byte in data.draw(st.dictionaries(places, st.integers(0, 255), max_size=4)).items():
+        content[place] = byte
+    path.write_bytes(content)
+    try:
+        loaded = load_checkpoint(path, WORDS)
+    except InputError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert set(loaded["model"].values()) <= {14, 2, 3, 4, 11, 0.5, "resnet18", 1}

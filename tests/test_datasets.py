@@ -1,0 +1,534 @@
+"""datasets.py: any picture file to the right pixels, prepared folders to the right batches, wrong ones to one line."""
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datasets import (
+    CaptionDataset,
+    EpochSampler,
+    check_pixels,
+    image_loader,
+    load_word_map,
+    normalize,
+    read_image,
+    read_word_map,
+    words_of,
+)
+from utils import InputError
+
+BASE = "old_2_cap_per_img_0_min_word_freq"
+WORDS = {"a": 1, "dog": 2, "runs": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}
+
+
+@contextmanager
+def refused(*parts: str):
+    """The error is one line, and each part is in it."""
+    with pytest.raises(InputError) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+def save(path: Path, picture: Image.Image, **options) -> Path:
+    picture.save(path, **options)
+    return path
+
+
+def grey(value: int, dtype: type) -> Image.Image:
+    return Image.fromarray(np.full((4, 4), value, dtype))
+
+
+def palette(*colors: tuple[int, int, int]) -> Image.Image:
+    """Every pixel is the second colour."""
+    picture = Image.new("P", (4, 4), 1)
+    picture.putpalette([channel for color in colors for channel in color])
+    return picture
+
+
+RED_GREEN = palette((255, 0, 0), (0, 255, 0))
+PICTURES = {
+    "RGB": (Image.new("RGB", (4, 4), (1, 2, 3)), "png", {}, (1, 2, 3)),
+    "one pixel": (Image.new("RGB", (1, 1), (1, 2, 3)), "png", {}, (1, 2, 3)),
+    "L": (Image.new("L", (4, 4), 7), "png", {}, (7, 7, 7)),
+    "LA, half clear": (Image.new("LA", (4, 4), (7, 128)), "png", {}, (131, 131, 131)),
+    "RGBA, clear": (Image.new("RGBA", (4, 4), (7, 8, 9, 0)), "png", {}, (255, 255, 255)),
+    "RGBA, opaque": (Image.new("RGBA", (4, 4), (7, 8, 9, 255)), "png", {}, (7, 8, 9)),
+    "RGB with a clear colour": (Image.new("RGB", (4, 4), (1, 2, 3)), "png", {"transparency": (1, 2, 3)}, (255,) * 3),
+    "P": (RED_GREEN, "png", {}, (0, 255, 0)),
+    "P, colour 1 clear": (RED_GREEN, "png", {"transparency": 1}, (255, 255, 255)),
+    "P, colour 0 clear": (RED_GREEN, "png", {"transparency": 0}, (0, 255, 0)),
+    "P, each colour with its alpha": (RED_GREEN, "png", {"transparency": b"\xff\x80"}, (127, 255, 127)),
+    "CMYK": (Image.new("CMYK", (4, 4), (255, 0, 0, 0)), "tiff", {}, (0, 255, 255)),
+    "CMYK as JPEG": (Image.new("CMYK", (4, 4), (255, 0, 0, 0)), "jpg", {"quality": 100}, (0, 255, 255)),
+    "1, white": (Image.new("1", (4, 4), 1), "png", {}, (255, 255, 255)),
+    "1, black": (Image.new("1", (4, 4), 0), "png", {}, (0, 0, 0)),
+    "16 bits, white": (grey(65535, np.uint16), "png", {}, (255, 255, 255)),
+    "16 bits, black": (grey(255, np.uint16), "png", {}, (0, 0, 0)),
+    "16 bits, of 8 bits times 257": (grey(200 * 257, np.uint16), "png", {}, (200, 200, 200)),
+    "16 bits, of 8 bits times 256": (grey(200 * 256, np.uint16), "png", {}, (200, 200, 200)),
+    "16 bits, big end first": (grey(200 * 256, ">u2"), "tiff", {}, (200, 200, 200)),
+    "I, of 16 bits": (grey(200 * 257, np.int32), "tiff", {}, (200, 200, 200)),
+    "I, below and above": (grey(-5, np.int32), "tiff", {}, (0, 0, 0)),
+    "F": (grey(150.4, np.float32), "tiff", {}, (150, 150, 150)),
+    "F, below": (grey(-9, np.float32), "tiff", {}, (0, 0, 0)),
+    "F, above": (grey(300, np.float32), "tiff", {}, (255, 255, 255)),
+    "LAB": (Image.new("LAB", (4, 4), (255, 128, 128)), "tiff", {}, (255, 255, 255)),
+}
+
+
+@pytest.mark.parametrize("picture, suffix, options, color", PICTURES.values(), ids=PICTURES)
+def test_every_mode_becomes_its_colour(tmp_path, picture, suffix, options, color):
+    pixels = read_image(save(tmp_path / f"x.{suffix}", picture, **options))
+    assert (pixels.shape, pixels.dtype) == ((3, 256, 256), np.uint8)
+    assert np.abs(pixels.astype(int) - np.reshape(color, (3, 1, 1))).max() <= (picture.mode in ("CMYK", "LAB"))
+
+
+def test_pixels_are_pillows_bilinear_resize(tmp_path):
+    picture = Image.effect_noise((300, 200), 80).convert("RGB")
+    expected = np.array(picture.resize((256, 256), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    assert np.array_equal(read_image(save(tmp_path / "x.png", picture)), expected)
+    assert np.array_equal(read_image(str(save(tmp_path / "grey.png", picture.convert("L")))), expected)
+
+
+def corners(pixels: np.ndarray) -> str:
+    """Left top, right top, left bottom, right bottom: a letter each."""
+    names = {(255, 0, 0): "r", (0, 255, 0): "g", (0, 0, 255): "b", (255, 255, 255): "w"}
+    return "".join(names[tuple(pixels[:, y, x].tolist())] for y in (0, -1) for x in (0, -1))
+
+
+@pytest.mark.parametrize("orientation, expected", [(1, "rgbw"), (2, "grwb"), (3, "wbgr"), (4, "bwrg"), (5, "rbgw"),
+                                                   (6, "brwg"), (7, "wgbr"), (8, "gwrb")])
+def test_pictures_are_turned_as_exif_says(tmp_path, orientation, expected):
+    four = Image.fromarray(np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]], np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert corners(read_image(save(tmp_path / "x.png", four.resize((40, 20), 0), exif=exif))) == expected
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
+    path = save(tmp_path / "x.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert corners(read_image(path)) == "rrrr"
+
+
+@pytest.mark.parametrize("content", ["truncated", b"", b"no picture at all", None])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif"])
+def test_what_is_no_whole_picture_is_named(tmp_path, content, suffix):
+    path = save(tmp_path / f"x.{suffix}", Image.effect_noise((64, 64), 60))
+    if content == "truncated":
+        content = path.read_bytes()[:1500]
+    path.unlink() if content is None else path.write_bytes(content)
+    with refused(str(path), "no such picture" if content is None else "cannot be read"):
+        read_image(path)
+
+
+def test_a_folder_and_a_decompression_bomb_are_named(tmp_path, monkeypatch):
+    path = save(tmp_path / "x.png", Image.new("L", (64, 64)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for each in (tmp_path, path):
+        with refused(str(each), "cannot be read"):
+            read_image(each)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("decoder"), struct.error("4 bytes"), IndexError("3"), TypeError("no")])
+def test_whatever_a_decoder_raises_names_the_picture(tmp_path, monkeypatch, error):
+    """Of damaged files AVIF's decoder raises RuntimeError, others other things."""
+    path = save(tmp_path / "x.png", Image.new("L", (4, 4)))
+    monkeypatch.setattr(Image.Image, "resize", lambda *_: (_ for _ in ()).throw(error))
+    with refused(str(path), str(error)):
+        read_image(path)
+
+
+def test_normalize_is_the_plain_formula_and_leaves_the_bytes():
+    images = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    floats = normalize(images, torch.device("cpu"))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = (images.numpy().transpose(0, 2, 3, 1) / 255 - mean) / std
+    assert floats.dtype == torch.float32
+    np.testing.assert_allclose(floats.numpy().transpose(0, 2, 3, 1), expected, rtol=0, atol=1e-6)
+    assert torch.equal(images, before)
+
+
+def test_a_mistake_of_scale_is_measured():
+    noise = np.random.default_rng(0).integers(0, 256, (100, 3, 8, 8), dtype=np.uint8)
+    dark = np.where(np.arange(100).reshape(100, 1, 1, 1) % 3 == 0, 0, noise)
+    for fine in (noise, dark, noise[:1]):
+        check_pixels(fine, "here")
+    with refused("here", "mean 0.", "spread 0.", "--overwrite"):
+        check_pixels((noise / 255).round().astype(np.uint8), "here")
+    with refused("here", "mean 255.00", "spread 0.00"):
+        check_pixels(np.full_like(noise, 255), "here")
+
+
+# ---- prepared folders ------------------------------------------------------------------------------------------------
+
+CAPTIONS = {"TRAIN": [[5, 1, 2, 6, 0], [5, 4, 3, 2, 6], [5, 2, 6, 0, 0], [5, 1, 2, 3, 6]],
+            "VAL": [[5, 1, 4, 6, 0], [5, 2, 3, 6, 0]]}
+
+
+def pixels_of(split: str) -> np.ndarray:
+    n = len(CAPTIONS[split]) // 2
+    return np.random.default_rng(n).integers(0, 256, (n, 3, 256, 256), dtype=np.uint8)
+
+
+def put(folder: Path, kind: str, content: object) -> None:
+    (folder / f"{kind}_{BASE}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def archive(folder: Path, split: str = "TRAIN") -> Path:
+    return folder / f"{split}_IMAGES_{BASE}.hdf5"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A folder as the original tutorial's own script writes it, and nothing else in it."""
+    put(tmp_path, "WORDMAP", WORDS)
+    for split, captions in CAPTIONS.items():
+        put(tmp_path, f"{split}_CAPTIONS", captions)
+        put(tmp_path, f"{split}_CAPLENS", [sum(index > 0 for index in caption) for caption in captions])
+        with h5py.File(archive(tmp_path, split), "a") as h:
+            h.attrs["captions_per_image"] = 2
+            images = h.create_dataset("images", (len(captions) // 2, 3, 256, 256), dtype="uint8")
+            for i, pixels in enumerate(pixels_of(split)):
+                images[i] = pixels
+    return tmp_path
+
+
+def store_in_chunks(folder: Path) -> None:
+    for split in CAPTIONS:
+        with h5py.File(archive(folder, split), "a") as h:
+            del h["images"]
+            h.create_dataset("images", data=pixels_of(split), chunks=(1, 3, 256, 256), compression="gzip")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_folder_of_the_tutorials_own_script_works(old, chunked):
+    if chunked:
+        store_in_chunks(old)
+    dataset = CaptionDataset(old, BASE, "VAL")
+    image, caption, length, all_captions = dataset[1]
+    assert torch.equal(image, torch.from_numpy(pixels_of("VAL")[0]))
+    assert (caption.tolist(), length.tolist(), all_captions.tolist()) == (CAPTIONS["VAL"][1], [4], CAPTIONS["VAL"])
+    assert (dataset.cpi, dataset.n_images, dataset.image_ids) == (2, 1, [0])
+    assert np.array_equal(CaptionDataset(str(old), BASE, "TRAIN").images[:], pixels_of("TRAIN"))
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "VAL", "TEST"])
+def test_items_are_the_tutorials(prepared, split):
+    """In its order: picture, caption, length and, but for TRAIN, all captions; caption i is of picture i // 5."""
+    dataset = CaptionDataset(prepared.folder, prepared.name, split)
+    names = [each["filename"] for each in json.loads(prepared.json_path.read_text())["images"]
+             if each["split"] == split.lower()]
+    captions = json.loads((prepared.folder / f"{split}_CAPTIONS_{prepared.name}.json").read_text())
+    assert len(dataset) == 5 * len(names) == len(captions)
+    for i in (0, 4, 5, len(dataset) - 1):
+        image, caption, length, *rest = dataset[i]
+        assert (image.shape, image.dtype) == ((3, 256, 256), torch.uint8)
+        assert np.array_equal(image.numpy(), read_image(prepared.pictures / names[i // 5]))
+        assert (caption.dtype, caption.tolist()) == (torch.int64, captions[i])
+        assert (length.dtype, length.tolist()) == (torch.int64, [sum(index > 0 for index in captions[i])])
+        assert [each.tolist() for each in rest] == ([] if split == "TRAIN" else [captions[i // 5 * 5:i // 5 * 5 + 5]])
+        assert all(each.dtype == torch.int64 for each in rest)
+
+
+def test_transform_is_applied_to_the_picture(old):
+    plain, turned = (CaptionDataset(old, BASE, "TRAIN", transform) for transform in (None, lambda image: image.flip(2)))
+    assert torch.equal(turned[2][0], plain[2][0].flip(2))
+    assert torch.equal(turned[2][1], plain[2][1])
+
+
+def test_items_are_copies(old):
+    dataset = CaptionDataset(old, BASE, "TRAIN")
+    image, caption, _ = dataset[0]
+    assert not np.shares_memory(image.numpy(), dataset.images)  # a write to the mapped file would end the process
+    caption.zero_()
+    assert dataset[0][1].tolist() == CAPTIONS["TRAIN"][0]
+
+
+@pytest.mark.parametrize("n_words, dtype", [(2 ** 15 - 1, np.int16), (2 ** 15, np.int32)])
+def test_captions_of_coco_are_compact(old, n_words, dtype):
+    """All that is kept for each caption, as its pickle shows, times COCO's 566,435 is below 150 MB."""
+    n, word_map = 1000, {**WORDS, **{f"w{i}": i for i in range(len(WORDS), n_words)}}
+    put(old, "WORDMAP", word_map)
+    put(old, "TRAIN_CAPTIONS", [[5, *[n_words - 1] * 50, 6]] * n)
+    put(old, "TRAIN_CAPLENS", [52] * n)
+    with h5py.File(archive(old), "w") as h:
+        h.attrs["captions_per_image"] = 2
+        h.create_dataset("images", (n // 2, 3, 256, 256), dtype="uint8")
+    dataset = CaptionDataset(old, BASE, "TRAIN")
+    assert (dataset.captions.dtype, dataset.captions.shape, dataset.captions.nbytes) == (dtype, (n, 52),
+                                                                                         n * 52 * dtype().nbytes)
+    assert len(pickle.dumps(dataset)) / n * 566_435 < 150e6
+    assert dataset.captions[0, 1] == n_words - 1
+
+
+def test_references_are_what_people_wrote(prepared):
+    data = json.loads(prepared.json_path.read_text())["images"]
+    written = [[sentence["tokens"] for sentence in each["sentences"]] for each in data if each["split"] == "test"]
+    dataset = CaptionDataset(prepared.folder, prepared.name, "TEST")
+    assert dataset.references(load_word_map(prepared.folder, prepared.name)) == written
+
+
+def test_references_of_old_folders_are_decoded_and_unknown_words_match_nothing(old):
+    references = CaptionDataset(old, BASE, "VAL").references(WORDS)
+    assert references == [[["a", "<unknown>"], ["dog", "runs"]]]
+    generated = words_of([5, 1, 4, 6, 0], WORDS)
+    assert generated == ["a", "<unk>"] and generated not in references[0]
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+def batches(dataset: CaptionDataset, workers: int = 0, start: str | None = None) -> list[list[torch.Tensor]]:
+    return list(DataLoader(dataset, 2, num_workers=workers, multiprocessing_context=start))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of every fork beside threads
+@pytest.mark.parametrize("workers, start, chunked", [(2, "fork", False), (2, "fork", True), (1, "spawn", True)])
+def test_workers_give_the_same_batches(old, workers, start, chunked):
+    """Also when the parent has opened the pictures before."""
+    if chunked:
+        store_in_chunks(old)
+    for split in CAPTIONS:
+        dataset = CaptionDataset(old, BASE, split)
+        expected = batches(dataset)
+        if (start, split) == ("spawn", "VAL"):
+            continue  # one start of Python and PyTorch is enough
+        found = batches(dataset, workers, start)
+        assert len(found) == len(expected) == len(CAPTIONS[split]) // 2
+        assert all(torch.equal(a, b) for one, other in zip(found, expected, strict=True)
+                   for a, b in zip(one, other, strict=True))
+
+
+def test_what_another_process_opened_is_not_used(old):
+    dataset = CaptionDataset(old, BASE, "TRAIN")
+    dataset._open = (os.getpid() + 1, "a handle that crossed over")
+    assert np.array_equal(dataset.images[0], pixels_of("TRAIN")[0])
+
+
+def test_pictures_are_opened_once(old):
+    dataset = CaptionDataset(old, BASE, "TRAIN")
+    assert dataset.images is dataset.images
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_pickling_drops_the_open_file(old, chunked):
+    if chunked:
+        store_in_chunks(old)
+    dataset = CaptionDataset(old, BASE, "TRAIN")
+    before = dataset[3]
+    pickled = pickle.dumps(dataset)
+    again = pickle.loads(pickled)
+    assert len(pickled) < 3 * 256 * 256
+    assert dataset._open is not None and again._open is None
+    assert all(torch.equal(a, b) for a, b in zip(again[3], before, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_image_loader_deals_each_picture_once(prepared, world_size):
+    dataset = CaptionDataset(prepared.folder, prepared.name, "TEST")
+    dealt = [torch.cat([batch[0] for batch in image_loader(dataset, 2, 0, rank, world_size)])
+             for rank in range(world_size)]
+    found = [dealt[i % world_size][i // world_size] for i in range(dataset.n_images)]
+    assert sum(map(len, dealt)) == dataset.n_images
+    assert np.array_equal(torch.stack(found).numpy(), dataset.images[:])
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+def other_archive(change: Callable[[h5py.File], None]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        with h5py.File(archive(folder), "a") as h:
+            change(h)
+    return write
+
+
+def images_of(shape: tuple[int, ...], dtype: str = "uint8") -> Callable[[Path], None]:
+    def change(h: h5py.File) -> None:
+        del h["images"]
+        h.create_dataset("images", shape, dtype=dtype)
+    return other_archive(change)
+
+
+MISFITS = {
+    "more pictures": images_of((3, 3, 256, 256)),
+    "smaller pictures": images_of((2, 3, 224, 224)),
+    "channels last": images_of((2, 256, 256, 3)),
+    "pictures of floats": images_of((2, 3, 256, 256), "float32"),
+    "one caption each": other_archive(lambda h: h.attrs.modify("captions_per_image", 1)),
+    "fewer captions": lambda folder: put(folder, "TRAIN_CAPTIONS", CAPTIONS["TRAIN"][:2]),
+    "fewer lengths": lambda folder: put(folder, "TRAIN_CAPLENS", [4, 5]),
+    "other lengths": lambda folder: put(folder, "TRAIN_CAPLENS", [4, 4, 4, 4]),
+    "a smaller vocabulary": lambda folder: put(folder, "WORDMAP", {"<unk>": 1, "<start>": 2, "<end>": 3, "<pad>": 0}),
+}
+UNREADABLE = {
+    "no pictures inside": other_archive(lambda h: h.pop("images")),
+    "no captions_per_image": other_archive(lambda h: h.attrs.pop("captions_per_image")),
+    "a cut archive": lambda folder: os.truncate(archive(folder), 5000),
+    "an empty archive": lambda folder: os.truncate(archive(folder), 0),
+    "no archive at all": lambda folder: archive(folder).write_text("version https://git-lfs.github.com/spec/v1"),
+    "uneven captions": lambda folder: put(folder, "TRAIN_CAPTIONS", [[5, 6]] * 3 + [[5]]),
+    "captions of words": lambda folder: put(folder, "TRAIN_CAPTIONS", [["a", "dog"]] * 4),
+    "a huge index": lambda folder: put(folder, "TRAIN_CAPTIONS", [[5, 2 ** 40]] * 4),
+    "no lengths": lambda folder: put(folder, "TRAIN_CAPLENS", [None] * 4),
+}
+
+
+@pytest.mark.parametrize("change, part", [(change, "do not belong together") for change in MISFITS.values()]
+                         + [(change, "cannot be read") for change in UNREADABLE.values()], ids=[*MISFITS, *UNREADABLE])
+def test_files_that_do_not_fit_are_refused(old, change, part):
+    change(old)
+    with refused(str(archive(old)), part, "create_input_files.py --overwrite"):
+        CaptionDataset(old, BASE, "TRAIN")
+
+
+@pytest.mark.parametrize("name", [f"TRAIN_CAPTIONS_{BASE}.json", f"TRAIN_CAPLENS_{BASE}.json",
+                                  f"TRAIN_IMAGES_{BASE}.hdf5"])
+def test_a_missing_file_is_named(old, name):
+    (old / name).unlink()
+    with refused(str(old / name), "no such file", "create_input_files.py"):
+        CaptionDataset(old, BASE, "TRAIN")
+
+
+def test_references_of_other_pictures_are_refused(old):
+    put(old, "TRAIN_REFERENCES", [[["a"]]] * 3)
+    with refused(f"TRAIN_REFERENCES_{BASE}.json", "3 pictures", "2"):
+        CaptionDataset(old, BASE, "TRAIN").references(WORDS)
+
+
+def test_an_unknown_split_is_named(old):
+    with refused("train", "TRAIN, VAL and TEST"):
+        CaptionDataset(old, BASE, "train")
+
+
+@pytest.mark.parametrize("ask", [lambda folder: CaptionDataset(folder, BASE, "TRAIN"),
+                                 lambda folder: load_word_map(folder, BASE)])
+def test_without_data_the_two_commands_are_told(tmp_path, ask):
+    with pytest.raises(InputError) as caught:
+        ask(tmp_path / "nowhere")
+    first, prepare, train = str(caught.value).splitlines()
+    assert BASE in first and str(tmp_path / "nowhere") in first and "--data_folder" in first
+    assert prepare.split()[:2] == ["python", "create_input_files.py"] and train.split() == ["python", "train.py"]
+
+
+def test_another_name_is_told_what_there_is(old):
+    with refused("coco_5", str(old), f"--data_name {BASE}"):
+        load_word_map(old, "coco_5")
+
+
+@pytest.mark.parametrize("content, part", [
+    ("{", "not a JSON file"), ([1, 2], "not a word map"), ({"a": 1}, "lacks"), ({**WORDS, "x": 9}, "not 0 to 7"),
+    ({**WORDS, "x": 3}, "each once"), ({**WORDS, "x": "7"}, "not 0 to 7"), ({**WORDS, "x": None}, "not 0 to 7")])
+def test_a_wrong_word_map_is_named(tmp_path, content, part):
+    put(tmp_path, "WORDMAP", content)
+    with refused(f"WORDMAP_{BASE}.json", part):
+        load_word_map(tmp_path, BASE)
+
+
+def test_a_word_map_comes_back_as_written(old):
+    path = old / f"WORDMAP_{BASE}.json"
+    assert read_word_map(path) == load_word_map(str(old), BASE) == WORDS
+    path.write_text(json.dumps(WORDS), encoding="utf-8-sig")  # as Windows' editors save it
+    assert read_word_map(path) == WORDS
+
+
+def test_words_of_leaves_out_what_is_never_said():
+    assert words_of([5, 1, 2, 4, 6, 0, 0], WORDS) == ["a", "dog", "<unk>"]
+    assert words_of([5, 6], WORDS) == []
+
+
+# ---- the order of an epoch -------------------------------------------------------------------------------------------
+
+some_groups = st.integers(1, 40)
+some_sizes = st.tuples(st.integers(1, 5), st.integers(0, 12)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+a_few = st.integers(1, 4)
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def ranks(groups: int, group: int, batch: int, world: int, seed: int = 0) -> list[EpochSampler]:
+    return [EpochSampler(groups * group, batch, seed, rank, world, group) for rank in range(world)]
+
+
+@given(some_groups, some_sizes, a_few)
+@quick
+def test_an_epoch_holds_every_caption_once(groups, sizes, world):
+    """Over all processes, without the stopgaps, of which counts() tells; no process is ever given nothing."""
+    group, batch = sizes
+    samplers, seen = ranks(groups, group, batch, world), []
+    for sampler in samplers:
+        steps = list(sampler)
+        assert len(steps) == len(sampler) == len(samplers[0]) and all(steps)
+        seen += [i for step, captions in enumerate(steps) if sampler.counts(step) for i in captions]
+    assert sorted(seen) == list(range(groups * group))
+
+
+@given(some_groups, some_sizes, a_few)
+@quick
+def test_processes_together_take_what_one_would(groups, sizes, world):
+    """The union over `world` processes of a step is the batch of one process with `world` times the batch size."""
+    group, batch = sizes
+    alone = list(EpochSampler(groups * group, batch * world, 0, group=group))
+    together: list[list[int]] = [[] for _ in alone]
+    for sampler in ranks(groups, group, batch, world):
+        for step, captions in enumerate(sampler):
+            together[step] += captions if sampler.counts(step) else []
+    assert list(map(sorted, together)) == list(map(sorted, alone))
+
+
+@given(some_groups, some_sizes, a_few)
+@quick
+def test_a_group_stays_together(groups, sizes, world):
+    group, batch = sizes
+    for sampler in ranks(groups, group, batch, world):
+        for captions in sampler:
+            assert [i // group * group + k for i in captions[::group] for k in range(group)] == captions
+
+
+@given(some_groups, some_sizes, a_few, st.integers(0, 50))
+@quick
+def test_an_epoch_can_be_taken_up_at_any_step(groups, sizes, world, step):
+    for sampler in ranks(groups, *sizes, world):
+        whole = list(sampler)
+        sampler.first_step = min(step, len(whole))
+        assert list(sampler) == whole[sampler.first_step:]
+        assert len(sampler) == len(whole) - sampler.first_step
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    def order(seed: int, epoch: int, batch: int = 7) -> list[int]:
+        sampler = EpochSampler(50, batch, seed)
+        sampler.epoch = epoch
+        return [i for captions in sampler for i in captions]
+
+    before = torch.get_rng_state()
+    first = order(3, 1)
+    torch.manual_seed(99)
+    assert order(3, 1) == order(3, 1, batch=50) == first != list(range(50))
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    torch.set_rng_state(before)
+    order(3, 1)
+    assert torch.equal(torch.get_rng_state(), before)  # dropout's random numbers are not used up
+
+
+def test_batches_are_of_the_asked_size():
+    assert [len(captions) for captions in EpochSampler(50, 16, 0)] == [16, 16, 16, 2]
+    assert [len(captions) for captions in EpochSampler(50, 16, 0, group=5)] == [15, 15, 15, 5]
+    assert [len(captions) for captions in EpochSampler(50, 16, 0, rank=1, world_size=2)] == [16, 9]
+    assert [len(captions) for captions in EpochSampler(10, 2, 0, group=5)] == [5, 5]  # a group is never cut

@@ -1,0 +1,416 @@
+"""Scores mean what they say, captions are of each picture once, and the table and its files are complete."""
+
+import json
+import math
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ENCODER, Prepared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nltk.translate.bleu_score import corpus_bleu
+
+import eval as evaluation
+from datasets import CaptionDataset, load_word_map, normalize, words_of
+from eval import bleu, generate_captions, interleave, measure, meteor, score, validate
+from models import DecoderWithAttention, Encoder
+from utils import InputError, Processes, save_checkpoint
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+SCORES = evaluation.COLUMNS[:9]  # without the times
+
+
+class Model:
+    """A small model with random weights that says something else of each picture, and sometimes does not end."""
+
+    def __init__(self, words: dict[str, int]) -> None:
+        torch.manual_seed(2)
+        self.words = words
+        self.encoder = Encoder(3, ENCODER)
+        self.arguments = {"attention_dim": 8, "embed_dim": 8, "decoder_dim": 16, "vocab_size": len(words),
+                          "encoder_dim": self.encoder.encoder_dim, "dropout": 0.5}
+        self.decoder = DecoderWithAttention(**self.arguments).eval()
+        with torch.no_grad():
+            self.encoder.resnet[-1][1].weight.fill_(1e8)  # random layers leave almost nothing of a picture
+            for weight, factor in ((self.decoder.fc.weight, 30), (self.decoder.embedding.weight, 10),
+                                   (self.decoder.init_h.weight, 10), (self.decoder.decode_step.weight_hh, 4)):
+                weight.mul_(factor)
+            self.decoder.fc.bias[words["<end>"]] = 3
+
+    def save(self, path: Path, **changes: Any) -> Path:
+        save_checkpoint(path, {
+            "encoder": self.encoder.state_dict(), "decoder": self.decoder.state_dict(), "word_map": self.words,
+            "model": {"encoder": ENCODER, "encoded_image_size": 3, **self.arguments}, "preprocessing": None,
+            "scores": {}, "training": None, **changes})
+        return path
+
+    def in_other_order(self, path: Path, order: list[int]) -> dict[str, int]:
+        """Saves the same model with the words numbered otherwise, but without word map, which is returned."""
+        weights = {name: value[order] if name in {"fc.weight", "fc.bias", "embedding.weight"} else value
+                   for name, value in self.decoder.state_dict().items()}
+        self.save(path, decoder=weights, word_map=None)
+        words = {index: word for word, index in self.words.items()}
+        return {words[old]: new for new, old in enumerate(order)}
+
+
+@pytest.fixture(scope="module")
+def model(prepared) -> Model:
+    return Model(load_word_map(prepared.folder, prepared.name))
+
+
+@pytest.fixture(scope="module")
+def pictures(prepared) -> CaptionDataset:
+    return CaptionDataset(prepared.folder, prepared.name, "TEST")
+
+
+def captions_of(model: Model, dataset: CaptionDataset, beam_size: int = 2, **options: Any) -> list[list[int]]:
+    options = {"processes": ALONE, "precision": "float32", "max_len": 8, **options}
+    return [each.sequence for each in generate_captions(model.encoder, model.decoder, dataset, model.words, beam_size,
+                                                        **options)]
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+def words(*sentences: str) -> list[list[str]]:
+    return [sentence.split() for sentence in sentences]
+
+
+@pytest.mark.parametrize("caption, expected", [
+    ("a b c d e f", [1, 1, 1, 1]), ("a b c d x f", [5 / 6, 3 / 5, 2 / 4, 1 / 3]), ("a a a a a a", [1 / 6, 0, 0, 0]),
+    ("a b c d", [1, 1, 1, 1]), ("c d e f x y", [4 / 6, 3 / 5, 2 / 4, 1 / 3]), ("x y z", [0, 0, 0, 0])])
+def test_bleu_by_hand(caption, expected):
+    """Geometric means of the n-gram precisions, times what brevity costs, in percent."""
+    length = len(caption.split())
+    brevity = min(1, math.exp(1 - 6 / length))
+    by_hand = [100 * brevity * math.prod(expected[:n]) ** (1 / n) for n in (1, 2, 3, 4)]
+    assert bleu([words("a b c d e f")], words(caption)) == pytest.approx(by_hand, abs=0.02)
+
+
+SENTENCE = st.lists(st.sampled_from("abc"), min_size=4, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpus=st.lists(st.tuples(st.lists(SENTENCE, min_size=1, max_size=4), SENTENCE), min_size=1, max_size=5))
+def test_bleu_equals_nltk(corpus):
+    references, captions = [[*pair[0], [*"abca"]] for pair in corpus], [[*"abca", *pair[1]] for pair in corpus]
+    for n, value in enumerate(bleu(references, captions), 1):
+        assert value == pytest.approx(100 * corpus_bleu(references, captions, weights=[1 / n] * n), abs=1e-4)
+
+
+PEOPLE = [words("a red circle above a blue square", "the circle is over a square"),
+          words("two green stars side by side"), words("a big white heart in the middle")]
+
+
+def test_perfect_captions_have_the_highest_scores(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    found = score(PEOPLE, [each[0] for each in PEOPLE])
+    assert [found[f"BLEU-{n}"] for n in (1, 2, 3, 4)] == pytest.approx([100] * 4) and found["METEOR"] is None
+    assert found["ROUGE-L"] == 100 and 5 < found["CIDEr"] <= 10
+
+
+@pytest.mark.parametrize("caption", ["", "<unk>", "<unk> <unk>"])
+def test_nothing_and_unknown_words_match_nothing(caption, monkeypatch):
+    """The references are those of a folder of the original tutorial, whose unknown words have a stand-in."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    found = score([words("a <unknown> one"), words("the <unknown>")], words(caption, caption))
+    assert [found.pop("METEOR"), *found.values()] == [None, *[pytest.approx(0, abs=1e-3)] * 6]
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs Java")
+def test_meteor_in_percent():
+    """The number is that of METEOR's own program for these captions, but with a word for <unk> that nobody uses.
+
+    It takes punctuation apart: the brackets of <unk> would match those of other words.
+    """
+    references = [words("a red circle above a square"), words("two green stars"), words("a < > unk <unknown> .")]
+    assert score(references, words("", "two green stars", "<unk>"))["METEOR"] == pytest.approx(19.2572, abs=1e-3)
+
+
+def test_meteor_needs_java(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(evaluation, "Meteor", None)
+    found = score(PEOPLE, [[], *(each[0] for each in PEOPLE[1:])])
+    assert found["METEOR"] is None and 50 < found["ROUGE-L"] < 70 and 0 < found["BLEU-1"] < 100
+
+
+@pytest.mark.parametrize("command", [["false"], ["echo", "Error: no jar"]])
+def test_meteor_that_fails_costs_only_itself(command, monkeypatch, capsys):
+    """An old Java, or too little memory for it. Its destructor asks for its lock, and must not wait for ever."""
+    made = []
+
+    class Broken(evaluation.Meteor):
+        def __init__(self) -> None:
+            with monkeypatch.context() as patch:
+                popen = subprocess.Popen
+                patch.setattr(subprocess, "Popen", lambda _, **options: popen(command, **options))
+                super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(evaluation, "Meteor", Broken)
+    assert meteor(PEOPLE, [each[0] for each in PEOPLE]) is None
+    assert capsys.readouterr().err.startswith("METEOR is left out: its Java program failed")
+    locked, made[0].lock = made[0].lock.locked(), threading.Lock()
+    assert not locked and made[0].meteor_p.stdout.closed and made[0].meteor_p.returncode is not None
+
+
+# ---- sums and teacher forcing ----------------------------------------------------------------------------------------
+
+def teacher_forced(vocab_size: int = 11, captions: int = 5) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    decoder = DecoderWithAttention(4, 4, 6, vocab_size, 3).eval()
+    lengths = torch.randint(3, 9, (captions, 1))
+    return decoder(torch.randn(captions, 2, 2, 3), torch.randint(1, vocab_size, (captions, 9)), lengths)
+
+
+def test_measure_is_the_plain_formulas():
+    scores, captions, lengths, alphas, _ = output = teacher_forced()
+    n_words, loss, near = sum(lengths), 0.0, 0
+    for row, length in enumerate(lengths):
+        for t in range(length):
+            target = captions[row, t + 1]
+            loss -= scores[row, t].log_softmax(0)[target].item()
+            near += int((scores[row, t] > scores[row, t, target]).sum() < 5)
+    attention = sum(((1 - alphas[row, :length].sum(0)) ** 2).mean().item() for row, length in enumerate(lengths))
+    assert measure(*output).tolist() == pytest.approx([loss, attention, near, n_words, 5], rel=1e-5)
+    assert 0 < near < n_words
+
+
+def test_measure_carries_gradients_and_takes_few_words():
+    sums = measure(*teacher_forced(vocab_size=3))
+    assert sums[2] == sums[3], "of three words all are among the first five"
+    assert torch.autograd.grad(sums[0] + sums[1], sums, allow_unused=True)[0] is not None and sums.requires_grad
+
+
+def test_measure_counts_exactly_in_bfloat16():
+    """Whose numbers from 256 on are even."""
+    scores, captions, lengths, alphas, order = teacher_forced(captions=301)
+    sums = measure(scores.bfloat16(), captions, lengths, alphas.bfloat16(), order)
+    assert sums[3:].tolist() == [sum(lengths), 301]
+
+
+def tutorials_bleu(dataset: CaptionDataset, predictions: dict[int, list[int]], word_map: dict[str, int]) -> float:
+    """The original tutorial's lines: for each caption the five of its picture, without <start> and <pad>."""
+    references, hypotheses = [], []
+    for i in range(len(dataset)):
+        of_picture = dataset.captions[i // 5 * 5:i // 5 * 5 + 5].tolist()
+        references.append([[w for w in c if w not in {word_map["<start>"], word_map["<pad>"]}] for c in of_picture])
+        hypotheses.append(predictions[i])
+    return 100 * corpus_bleu(references, hypotheses)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_validation_is_one_pass_over_everything(batch_size, model, prepared):
+    """The sums, scores and captions of plain code that knows no batches, where half is what the model would say."""
+    dataset = CaptionDataset(prepared.folder, prepared.name, "VAL")
+    greedy = captions_of(model, dataset, 1, max_len=51)
+    for i in range(15):
+        dataset.captions[i] = 0
+        dataset.captions[i, :len(greedy[i // 5])] = greedy[i // 5]
+    captions = torch.from_numpy(dataset.captions).long()
+    with torch.inference_mode():
+        features = model.encoder(normalize(torch.from_numpy(np.array(dataset.images)), ALONE.device))
+        output = model.decoder(features.repeat_interleave(5, 0), captions, (captions > 0).sum(1, keepdim=True))
+    scores, _, lengths, _, order = output
+    predictions = {int(i): scores[row, :length].argmax(1).tolist()
+                   for row, (i, length) in enumerate(zip(order, lengths, strict=True))}
+    found = validate(model.encoder, model.decoder, dataset, model.words, ALONE, "float32", batch_size)
+    assert found[0] == pytest.approx(measure(*output).tolist(), rel=1e-5) and found[0][4] == len(dataset) == 30
+    assert found[1] == pytest.approx(tutorials_bleu(dataset, predictions, model.words)) and 10 < found[1] < 90
+    assert found[2] == [words_of(each, model.words) for each in greedy] and len(greedy) == 6
+
+
+def test_forced_bleu_is_the_tutorials(pictures, model):
+    """Of predictions that are right in most places."""
+    random = np.random.default_rng(0)
+    said = []
+    for caption, length in zip(pictures.captions, pictures.caplens, strict=True):
+        wrong = random.random(length - 1) < 0.2
+        said.append(np.where(wrong, 3, caption[1:length]).tolist())
+    expected = tutorials_bleu(pictures, dict(enumerate(said)), model.words)
+    by_picture = [said[i:i + 5] for i in range(0, len(said), 5)]
+    assert evaluation.forced_bleu(pictures, by_picture, model.words) == pytest.approx(expected) and 30 < expected < 90
+
+
+# ---- captions of a split ---------------------------------------------------------------------------------------------
+
+@given(items=st.lists(st.integers()), world_size=st.integers(1, 9))
+def test_interleave_undoes_the_dealing(items, world_size):
+    assert interleave([items[rank::world_size] for rank in range(world_size)]) == items
+
+
+def test_each_picture_is_captioned_once_in_order(model, pictures):
+    found = captions_of(model, pictures, batch_size=3)
+    alone = []
+    for picture in pictures.images:
+        features = model.encoder(normalize(torch.from_numpy(np.array(picture))[None], ALONE.device))
+        alone += [best[0].sequence for best in model.decoder.beam_search(features, model.words, 2, 8)]
+    assert found == alone and len(found) == 7 and len({tuple(each) for each in found}) >= 4
+    assert captions_of(model, pictures, batch_size=1) == found
+    assert captions_of(model, pictures, batch_size=100, workers=1) == found
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_processes_share_the_pictures(world_size, model, pictures, monkeypatch):
+    whole = captions_of(model, pictures)
+    monkeypatch.setattr(evaluation, "gather", lambda found, _: [found])
+    shares = [captions_of(model, pictures, processes=Processes(rank, world_size, ALONE.device))
+              for rank in range(world_size)]
+    assert interleave(shares) == whole and max(map(len, shares)) == math.ceil(7 / world_size)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def run(prepared, monkeypatch):
+    """Runs the script without Java on the prepared data."""
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "java" else which(name))
+
+    def run_eval(*arguments: Any, data: Prepared = prepared) -> list[dict[str, Any]]:
+        fixed = ["--data_folder", data.folder, "--data_name", data.name, "--device", "cpu", "--workers", 0]
+        return evaluation.main(evaluation.get_parser().parse_args([str(each) for each in (*fixed, *arguments)]))
+
+    return run_eval
+
+
+@pytest.mark.parametrize("split, n_pictures", [("TEST", 7), ("VAL", 6)])
+def test_the_table_and_its_files(split, n_pictures, model, prepared, run, tmp_path, capsys):
+    path = model.save(tmp_path / "model.pth.tar")
+    out = tmp_path / "out" / "a"
+    rows = run("--checkpoint", path, "--beam_size", 1, 3, "--max_len", 8, "--split", split, "--batch_size", 4,
+               "--out", out, "--json", tmp_path / "scores.json")
+    shown = capsys.readouterr()
+    assert shown.err.count("Java was not found: METEOR is left out") == 1
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.out.splitlines()]
+    assert table[0] == ["beam", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "unfinished",
+                        "seconds", "images/s"]
+    assert [line[0] for line in table[2:]] == ["1", "3"] and [line[5] for line in table[2:]] == ["-", "-"]
+    assert len({len(line) for line in shown.out.splitlines()}) == 1, "aligned"
+    assert json.loads((tmp_path / "scores.json").read_text()) == rows
+    assert {each.name for each in out.iterdir()} == {
+        f"scores_{split}.md", f"scores_{split}.json", f"captions_{split}_beam1.json", f"captions_{split}_beam3.json"}
+    assert (out / f"scores_{split}.md").read_text() == shown.out
+    assert json.loads((out / f"scores_{split}.json").read_text()) == rows
+
+    dataset = CaptionDataset(prepared.folder, prepared.name, split)
+    karpathy = json.loads(prepared.json_path.read_text())["images"]
+    for row, beam_size in zip(rows, (1, 3), strict=True):
+        results = json.loads((out / f"captions_{split}_beam{beam_size}.json").read_text())
+        assert [each["image_id"] for each in results] == [image["imgid"] for image in karpathy
+                                                          if image["split"] == split.lower()]
+        assert [each.keys() for each in results] == [{"image_id", "caption"}] * n_pictures
+        captions = [each["caption"].split() for each in results]
+        sequences = captions_of(model, dataset, beam_size)
+        assert captions == [words_of(each, model.words) for each in sequences]
+        assert row["unfinished"] == sum(each[-1] != model.words["<end>"] for each in sequences) / n_pictures
+        assert row.items() >= score(dataset.references(model.words), captions).items()
+        assert row["images/s"] == pytest.approx(n_pictures / row["seconds"])
+
+
+def test_json_instead_of_the_table(model, prepared, run, tmp_path, capsys, monkeypatch):
+    """With the checkpoint of the data's name in this folder, which is the default."""
+    model.save(tmp_path / f"BEST_checkpoint_{prepared.name}.pth.tar")
+    monkeypatch.chdir(tmp_path)
+    rows = run("--beam_size", 2, "--json")
+    assert json.loads(capsys.readouterr().out) == rows and rows[0]["METEOR"] is None
+    assert len(list(tmp_path.iterdir())) == 1, "no files without --out"
+
+
+def test_a_model_that_never_ends_is_told(model, run, tmp_path, capsys):
+    weights = model.decoder.state_dict()
+    bias = weights["fc.bias"].clone()
+    bias[model.words["<end>"]] = -1e4
+    path = model.save(tmp_path / "model.pth.tar", decoder={**weights, "fc.bias": bias})
+    rows = run("--checkpoint", path, "--beam_size", 2, "--max_len", 5)
+    assert rows[0]["unfinished"] == 1
+    assert "warning: at beam 2 100% of the captions never end" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("captions, warns", [
+    (["a dog"] * 19, False), (["a dog"] * 20, True), (["a dog"] * 11 + [f"{i} cats" for i in range(9)], True),
+    (["a dog"] * 10 + [f"{i} cats" for i in range(10)], False), (["a dog", "a cat"] * 50 + ["x"], False),
+    (["a dog", "a cat", "a bird"] * 100, True), ([], False)])
+def test_collapsed_captions_are_told(captions, warns):
+    """More than half the same, or fewer than one in fifty different; not of a handful of pictures."""
+    text = evaluation.warn_if_collapsed(captions)
+    assert bool(text) == warns and (text is None or f"for {len(captions)} pictures, " in text)
+
+
+def test_both_warnings_are_lines(model, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "warn_if_collapsed", lambda captions: "warning: collapsed")
+    monkeypatch.setattr(evaluation, "warn_if_endless", lambda unfinished, beam_size: f"warning: endless at {beam_size}")
+    run("--checkpoint", model.save(tmp_path / "model.pth.tar"), "--beam_size", 1, 2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert lines == ["warning: collapsed", "warning: endless at 1", "warning: collapsed", "warning: endless at 2"]
+
+
+def test_another_numbering_of_the_words_changes_nothing(model, run, tmp_path):
+    """Neither one in the checkpoint nor one in its own file: references are words, and keep the data's numbering."""
+    expected = run("--checkpoint", model.save(tmp_path / "model.pth.tar"), "--beam_size", 2)[0]
+    order = torch.randperm(len(model.words), generator=torch.Generator().manual_seed(0)).tolist()
+    other = model.in_other_order(tmp_path / "other.pth.tar", order)
+    (tmp_path / "words.json").write_text(json.dumps(other))
+    within = model.save(tmp_path / "model.pth.tar", word_map=None)
+    for arguments in (["other.pth.tar", "--word_map", tmp_path / "words.json"], [within]):
+        found = run("--beam_size", 2, "--checkpoint", tmp_path / arguments[0], *arguments[1:])[0]
+        assert [found[name] for name in SCORES] == [expected[name] for name in SCORES]
+
+
+@pytest.fixture
+def tutorials_folder(prepared, tmp_path) -> Prepared:
+    """The prepared files as the original tutorial's script writes them: no references, no image ids."""
+    folder = tmp_path / "tutorial"
+    folder.mkdir()
+    for path in prepared.folder.glob("*.json"):
+        if "REFERENCES" not in path.name:
+            shutil.copy(path, folder)
+    for split in ("VAL", "TEST"):
+        source = CaptionDataset(prepared.folder, prepared.name, split)
+        with h5py.File(folder / source.path.name, "w") as file:
+            file.attrs["captions_per_image"] = 5
+            file.create_dataset("images", data=np.array(source.images), dtype="uint8")
+    return prepared._replace(folder=folder)
+
+
+def test_a_folder_of_the_original_tutorial(model, tutorials_folder, run, tmp_path):
+    """And a checkpoint with the words in another order, in a file: the references keep the data's."""
+    path = model.save(tmp_path / "model.pth.tar")
+    expected = run("--checkpoint", path, "--beam_size", 2, "--out", tmp_path, data=tutorials_folder)[0]
+    results = json.loads((tmp_path / "captions_TEST_beam2.json").read_text())
+    assert [each["image_id"] for each in results] == list(range(7)) and expected["BLEU-1"] > 1
+    other = model.in_other_order(path, list(reversed(range(len(model.words)))))
+    (tmp_path / "words.json").write_text(json.dumps(other))
+    found = run("--checkpoint", path, "--beam_size", 2, "--word_map", tmp_path / "words.json",
+                data=tutorials_folder)[0]
+    assert [found[name] for name in SCORES] == [expected[name] for name in SCORES]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--checkpoint", "missing.pth.tar"], r"missing\.pth\.tar: no such checkpoint"), ([], "BEST_checkpoint_.*no such"),
+    (["--beam_size", "3", "0"], "--beam_size"), (["--batch_size", "0"], "--batch_size"),
+    (["--max_len", "-1"], "--max_len"),
+    (["--data_name", "x"], "no data set x"), (["--word_map", "missing.json"], r"missing\.json"),
+    (["--device", "gpu"], "--device gpu")])
+def test_mistakes_are_named(arguments, message, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        run(*arguments)
+
+
+def test_a_split_without_pictures_is_named(model, prepared, run, tmp_path):
+    for path in prepared.folder.glob("WORDMAP*"):
+        shutil.copy(path, tmp_path)
+    for kind in ("CAPTIONS", "CAPLENS", "REFERENCES"):
+        (tmp_path / f"TEST_{kind}_{prepared.name}.json").write_text("[]")
+    with h5py.File(tmp_path / f"TEST_IMAGES_{prepared.name}.hdf5", "w") as file:
+        file.attrs["captions_per_image"] = 5
+        file.create_dataset("images", (0, 3, 256, 256), dtype="uint8")
+    with pytest.raises(InputError, match=r"split TEST .*no pictures.*--split"):
+        run("--checkpoint", model.save(tmp_path / "model.pth.tar"), data=prepared._replace(folder=tmp_path))
