@@ -44,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--json", nargs="?", const="-", metavar="FILE", help="all results, into a file or instead of the lines")
     add("--batch_size", type=int, default=16, metavar="N", help="pictures at once (default: 16)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on cuda, else float32)")
+    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
     return parser
 
 
@@ -96,7 +96,7 @@ def visualize_att(image_path: str | Path, seq: Sequence[int], alphas: Any, rev_w
         picture = to_rgb(picture).resize((size, size), Image.Resampling.LANCZOS)
     words = [rev_word_map[index] for index in seq]
     rows = math.ceil(len(words) / 5)
-    figure = Figure(figsize=(15, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(15, 3.4 * rows), layout="constrained")
     for i, (word, alpha) in enumerate(zip(words, np.asarray(alphas), strict=True), 1):
         axes = figure.add_subplot(rows, 5, i)
         axes.imshow(picture)

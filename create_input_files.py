@@ -12,20 +12,18 @@ import argparse
 import csv
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import string
 from collections import Counter
 from collections.abc import Sequence
-from multiprocessing.pool import Pool
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
+from torch.utils.data import DataLoader
 
 from datasets import IMAGE_SIZE, SPECIAL_WORDS, check_pixels, read_image, read_json
 from utils import InputError, progress, run_script
@@ -94,11 +92,9 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
     try:
         write_json(partial / f"WORDMAP_{base}.json", word_map)
         random = Random(123)  # the tutorial's seed: the same captions are drawn
-        # Ctrl-C is for this process alone; from each worker it would draw a traceback.
-        with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-            for split in ("TRAIN", "VAL", "TEST"):
-                chosen = [picture for picture in pictures if picture.split == split]
-                write_split(partial, base, split, chosen, word_map, random, captions_per_image, max_len, pool, digest)
+        for split in ("TRAIN", "VAL", "TEST"):
+            chosen = [picture for picture in pictures if picture.split == split]
+            write_split(partial, base, split, chosen, word_map, random, captions_per_image, max_len, workers, digest)
         for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".hdf5"):  # these say what all is made of
             path.replace(folder / path.name)
     finally:
@@ -224,7 +220,7 @@ def is_done(folder: Path, base: str, digest: str, overwrite: bool) -> bool:
 
 
 def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture], word_map: dict[str, int],
-                random: Random, captions_per_image: int, max_len: int, pool: Pool, digest: str) -> None:
+                random: Random, captions_per_image: int, max_len: int, workers: int, digest: str) -> None:
     encoded, lengths = [], []
     for picture in pictures:
         captions, n = picture.captions, captions_per_image
@@ -246,11 +242,23 @@ def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture]
         file.attrs["made_from"] = digest
         file["image_ids"] = np.array([picture.image_id for picture in pictures], dtype=np.int64)
         images = file.create_dataset("images", (len(pictures), 3, IMAGE_SIZE, IMAGE_SIZE), dtype="uint8")
-        decoded = pool.imap(read_image, [picture.path for picture in pictures], chunksize=8)
+        # A loader reads but little ahead, and ends at a bad picture or Ctrl-C, where multiprocessing's pool may hang.
+        decoded = DataLoader([picture.path for picture in pictures], batch_size=None, collate_fn=read_or_error,
+                             num_workers=workers if pictures else 0)
         for i, image in enumerate(progress(decoded, split, "picture", total=len(pictures))):
+            if isinstance(image, InputError):
+                raise image
             images[i] = image
         if pictures:
             check_pixels(images, f"{split} ({pictures[0].path}, ...)")
+
+
+def read_or_error(path: Path) -> np.ndarray | InputError:
+    """An error raised in a worker would arrive as its whole traceback; returned, it stays one line."""
+    try:
+        return read_image(path)
+    except InputError as error:
+        return error
 
 
 def write_json(path: Path, value: Any) -> None:

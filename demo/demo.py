@@ -28,13 +28,13 @@ from datasets import CaptionDataset, words_of  # noqa: E402
 from demo.shapes import draw_data_set, shape_of  # noqa: E402
 from eval import bleu  # noqa: E402
 from models import Hypothesis, build_models  # noqa: E402
-from utils import keep_freed_memory, load_checkpoint  # noqa: E402
+from utils import InputError, keep_freed_memory, load_checkpoint, run_script  # noqa: E402
 
 NAME = "shapes_5_cap_per_img_0_min_word_freq"
 # A small model for a small language, and higher learning rates than the defaults, to be done in minutes.
 TRAINING = ["--encoder", "efficientnet_lite0", "--encoded_image_size", "8", "--emb_dim", "64", "--attention_dim", "64",
-            "--decoder_dim", "128", "--dropout", "0.2", "--decoder_lr", "2e-3", "--encoder_lr", "3e-5",
-            "--batch_size", "50", "--whole_images"]
+            "--decoder_dim", "128", "--dropout", "0.2", "--decoder_lr", "2e-3", "--encoder_lr", "1e-4",
+            "--batch_size", "25", "--whole_images"]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "demo" / "output", metavar="DIR",
                         help="where all files go; what is there of an earlier demo is replaced (default: demo/output)")
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="scenes to train on (default: 1000)")
-    parser.add_argument("--epochs", type=int, nargs=2, default=[6, 2], metavar="N", help="by stage (default: 6 2)")
+    parser.add_argument("--epochs", type=int, nargs=2, default=[5, 2], metavar="N", help="by stage (default: 5 2)")
     return parser
 
 
@@ -50,17 +50,19 @@ def call(script: str, *arguments: object) -> None:
     """Runs one of the scripts, and shows the command."""
     command = [script, *map(str, arguments)]
     print(f"\n$ python {' '.join(command)}", flush=True)
-    subprocess.run([sys.executable, REPOSITORY / command[0], *command[1:]], check=True)
+    status = subprocess.run([sys.executable, REPOSITORY / command[0], *command[1:]]).returncode
+    if status:
+        raise InputError(f"{script} ended with status {status}; what it said stands above")
 
 
 def looks(hypothesis: Hypothesis, words: Sequence[str], objects: Sequence[dict]) -> list[tuple[bool, float]]:
     """For each shape that the caption names and the scene holds: did the highest attention fall on it, and the chance.
 
-    A pixel of the map stands for a cell of the picture; it is on an object if the cell's centre is in its box.
+    A pixel of the map stands for a cell of the picture, 32 pixels wide here; it is on an object if it touches its box.
     """
     grid = to_grid(hypothesis.alphas)                                           # (len, n, n), the first of <start>
     n = grid.size(1)
-    centres = (np.arange(n) + 0.5) * 256 / n
+    starts, ends = np.arange(n) * 256 / n, np.arange(1, n + 1) * 256 / n
     found = []
     for word, alpha in zip(words, grid[1:], strict=False):
         boxes = [each["box"] for each in objects if each["shape"] == shape_of(word)]
@@ -68,7 +70,7 @@ def looks(hypothesis: Hypothesis, words: Sequence[str], objects: Sequence[dict])
             continue
         inside = np.zeros((n, n), dtype=bool)
         for left, top, right, bottom in boxes:
-            inside |= np.outer((top <= centres) & (centres < bottom), (left <= centres) & (centres < right))
+            inside |= np.outer((starts < bottom) & (ends > top), (starts < right) & (ends > left))
         found.append((bool(inside.flatten()[alpha.argmax()]), float(inside.mean())))
     return found
 
@@ -128,4 +130,4 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(get_parser().parse_args())
+    run_script(main, get_parser())

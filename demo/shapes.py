@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (210, 25, 30),
-    "orange": (250, 135, 15),
     "yellow": (245, 225, 45),
     "green": (30, 165, 60),
     "blue": (35, 85, 225),
@@ -35,10 +34,10 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 SHAPES: tuple[str, ...] = tuple(SYNONYMS)
 PLURALS = {word: word + ("es" if word[-1] in "sx" else "s") for words in SYNONYMS.values() for word in words}
 SHAPE_OF = {form: shape for shape in SHAPES for word in SYNONYMS[shape] for form in (word, PLURALS[word])}
-# One pair per shape and no colour twice, so training still meets every colour and every shape often.
+# One pair per shape and per colour, so training still meets every colour and every shape often.
 HELD_OUT: frozenset[tuple[str, str]] = frozenset({
     ("red", "star"), ("blue", "heart"), ("green", "circle"), ("yellow", "cross"), ("purple", "square"),
-    ("orange", "triangle")})
+    ("white", "triangle")})
 ORDINARY = [(color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT]
 # Every n-th scene of a split holds a held-out pair; 0 is never.
 HELD_OUT_EVERY = {"train": 0, "val": 4, "test": 2}
@@ -46,7 +45,7 @@ HELD_OUT_EVERY = {"train": 0, "val": 4, "test": 2}
 SIDE = 256  # pixels
 EDGE = 4  # pixels between an object and the border; twice that between objects in neighbouring quadrants
 GAP = 16  # pixels at least between two objects of which a caption says "above" or "left of"
-SIZES = {"small": (48, 64), "large": (88, 112)}  # pixels, the longer side of the box
+SIZES = {"small": (64, 80), "large": (96, 112)}  # pixels, the longer side of the box
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 RELATIONS = {"above": ("above", "over"), "below": ("below", "under"),
              "left": ("left of", "to the left of"), "right": ("right of", "to the right of")}
@@ -185,7 +184,7 @@ def phrase(thing: Thing, rng: random.Random, lead: str = "a") -> str:
     noun = rng.choice(SYNONYMS[thing.shape])
     words = [rng.choice(SIZE_WORDS[thing.size])] if rng.random() < 0.3 else []
     words += [thing.color, noun if lead in ("a", "the") else PLURALS[noun]]
-    return " ".join(["an" if lead == "a" and words[0] == "orange" else lead, *words])
+    return " ".join([lead, *words])
 
 
 def say_scene(things: list[Thing], rng: random.Random) -> str:
@@ -225,7 +224,7 @@ def write_json(path: Path, content: dict) -> None:
     temporary.replace(path)
 
 
-def draw_data_set(folder: str | Path, train: int = 600, val: int = 60, test: int = 100, seed: int = 0) -> Path:
+def draw_data_set(folder: str | Path, train: int = 1000, val: int = 60, test: int = 100, seed: int = 0) -> Path:
     """Draw the three splits into `folder` and return the path of the captions, in Karpathy's JSON layout.
 
     `train`, `val` and `test` count pictures. A finished set made with the same arguments is left as it is.
@@ -263,7 +262,7 @@ def draw_data_set(folder: str | Path, train: int = 600, val: int = 60, test: int
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the shapes data set: pictures, captions and boxes.")
     parser.add_argument("--folder", type=Path, default=Path("demo/output/shapes"))
-    for split, count in (("train", 600), ("val", 60), ("test", 100)):
+    for split, count in (("train", 1000), ("val", 60), ("test", 100)):
         parser.add_argument(f"--{split}", type=int, default=count, help="pictures in this split")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from test_eval import Model
 
@@ -119,12 +120,12 @@ def test_files_folders_and_patterns(tmp_path):
 
 
 def test_any_kind_of_picture(run, tmp_path):
-    names = {"L": "grey.png", "RGBA": "clear.png", "P": "few.gif", "CMYK": "print.jpg", "I;16": "deep.png", "1": "fax.tif"}
+    names = {"L": "grey.png", "RGBA": "clear.png", "P": "few.gif", "CMYK": "ink.jpg", "I;16": "deep.png", "1": "x.tif"}
     for mode, name in names.items():
         Image.new("L", (30, 50), 128).convert(mode).save(tmp_path / name)
-    results = run("--img", *(tmp_path / name for name in names.values()), "--out", "figures")
-    assert len(results) == 6 and {path.stem for path in Path("figures").iterdir()} == {
-        f"{Path(name).stem}_attention" for name in names.values()}
+    results = run("--img", *(tmp_path / name for name in names.values()), "--out", "figures", "--max_len", 1)
+    assert len(results) == 6 and {path.name for path in Path("figures").iterdir()} == {
+        f"{Path(name).stem}_attention.png" for name in names.values()}
 
 
 def test_an_unreadable_picture_is_named(run, pictures):
@@ -149,18 +150,20 @@ def test_unfinished_captions_are_marked(run, pictures, capsys):
 
 def test_json_in_a_file_or_instead_of_lines(run, pictures, capsys):
     results = run("--img", *pictures, "--json", "deep/captions.json")
-    assert json.loads(Path("deep/captions.json").read_text()) == results and len(capsys.readouterr().out.splitlines()) == 3
+    assert json.loads(Path("deep/captions.json").read_text()) == results
+    assert len(capsys.readouterr().out.splitlines()) == 3
     assert run("--img", *pictures, "--json") == json.loads(capsys.readouterr().out) == results
-    assert list(results[0]) == ["image", "captions"] and list(results[0]["captions"][0]) == ["caption", "log_prob",
-                                                                                         "finished"]
+    assert list(results[0]) == ["image", "captions"]
+    assert list(results[0]["captions"][0]) == ["caption", "log_prob", "finished"]
 
 
 @pytest.mark.parametrize("out, count, files", [
-    ("figure.png", 1, ["figure.png"]), ("deep/figure.PNG", 1, ["deep/figure.PNG"]), ("folder", 1, ["folder/{}_attention.png"]),
-    ("v1.2", 3, ["v1.2/{}_attention.png"] * 3), ("there.png", 1, ["there.png/{}_attention.png"])])
+    ("figure.png", 1, ["figure.png"]), ("deep/figure.PNG", 1, ["deep/figure.PNG"]),
+    ("folder", 1, ["folder/{}_attention.png"]), ("v1.2", 3, ["v1.2/{}_attention.png"] * 3),
+    ("there.png", 1, ["there.png/{}_attention.png"])])
 def test_figures_go_where_they_are_sent(out, count, files, run, pictures):
     Path("there.png").mkdir()
-    run("--img", *pictures[:count], "--out", out)
+    run("--img", *pictures[:count], "--out", out, "--max_len", 2)
     expected = {file.format(path.stem) for file, path in zip(files, pictures, strict=False)}
     assert {str(path) for path in Path().glob("**/*") if path.is_file()} == expected
     for path in expected:
@@ -170,8 +173,8 @@ def test_figures_go_where_they_are_sent(out, count, files, run, pictures):
 
 @pytest.mark.parametrize("arguments", [
     ["--out", "{0}"], ["--out", "{folder}/../pictures/{name}"], ["--out", "link.png"], ["--json", "{0}"],
-    ["--out", "{folder}", "{folder}/x.png", "{folder}/x_attention.png"], ["--out", "all", "{folder}/x.png", "more/x.png"],
-    ["--out", "all.png", "{1}"], ["--out", "all.jpg"]])
+    ["--out", "{folder}", "{folder}/x.png", "{folder}/x_attention.png"],
+    ["--out", "all", "{folder}/x.png", "more/x.png"], ["--out", "all.png", "{1}"], ["--out", "all.jpg"]])
 def test_no_picture_is_overwritten(arguments, run, pictures):
     """Neither inputs by figures or results, nor one figure by the next."""
     folder = pictures[0].parent
@@ -212,21 +215,27 @@ def test_impossible_numbers_are_named(arguments, run, pictures):
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
-WORDS = {0: "<start>", 1: "<end>", 2: "a", 3: "$5", 4: "unbelievable_$_word"}
+WORDS = {0: "<start>", 1: "<end>", 2: "a", 3: "$$", 4: "$\\no$"}
 
 
-@pytest.mark.parametrize("n_words", [1, 3, 4, 12, 20])
-@pytest.mark.parametrize("shape", [(14, 14), (1, 1), (3, 4), (10, 7)])
-def test_a_panel_for_each_word(n_words, shape, pictures, tmp_path):
+@pytest.mark.parametrize("n_words, shape", [(1, (14, 14)), (20, (14, 14)), (3, (1, 1)), (4, (3, 4)), (5, (10, 7))])
+def test_a_panel_for_each_word(n_words, shape, pictures):
     sequence = [0, *(2 + i % 3 for i in range(n_words)), 1]
     alphas = np.random.default_rng(0).random((n_words + 2, *shape))
     figure = visualize_att(pictures[0], sequence, alphas.tolist(), WORDS)
     assert [axes.get_title() for axes in figure.axes] == [WORDS[index] for index in sequence]
     assert [len(axes.images) for axes in figure.axes] == [1] + [2] * (n_words + 1), "nothing lies over <start>'s"
-    assert not any(axes.axison for axes in figure.axes)
-    if shape == (3, 4):
-        figure.savefig(tmp_path / "figure.png", dpi=20)
-        assert Image.open(tmp_path / "figure.png").size[1] == 64 * -(-(n_words + 2) // 5), "five in a row"
+    places = [axes.get_subplotspec().get_geometry()[1:3] for axes in figure.axes]
+    assert places == [(5, i) for i in range(n_words + 2)] and not any(axes.axison for axes in figure.axes)
+    figure.draw_without_rendering()
+    assert all(axes.title.get_window_extent().y1 <= figure.bbox.y1 for axes in figure.axes), "no title is cut off"
+
+
+def test_any_word_is_drawn(pictures, tmp_path):
+    """Formulas are not: two dollar signs would make one."""
+    figure = visualize_att(pictures[0], [0, 3, 4, 1], np.ones((4, 2, 2)), WORDS)
+    figure.savefig(tmp_path / "figure.png", dpi=10)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_as_many_weights_as_words(pictures):
@@ -264,7 +273,7 @@ def test_pixels_are_enlarged_as_they_are_or_smoothly(shape):
 @pytest.mark.parametrize("flags, smooth", [([], True), (["--dont_smooth"], False)])
 def test_the_best_caption_is_drawn(flags, smooth, model, run, pictures, monkeypatch):
     drawn = []
-    monkeypatch.setattr(caption, "visualize_att", lambda *arguments: drawn.append(arguments) or visualize_att(*arguments))
+    monkeypatch.setattr(caption, "visualize_att", lambda *arguments: drawn.append(arguments) or Figure((1, 1)))
     run("--img", *pictures, "--out", "figures", "--n_best", 3, *flags)
     assert len(drawn) == 3
     for path, (of, sequence, alphas, rev_word_map, how) in zip(pictures, drawn, strict=True):
@@ -274,12 +283,15 @@ def test_the_best_caption_is_drawn(flags, smooth, model, run, pictures, monkeypa
 
 
 def test_no_display_is_asked_for(checkpoint, pictures, tmp_path):
-    """As a command, where matplotlib's windows cannot be opened; and a mistake is one line and status 1."""
-    code = "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__'); print('matplotlib.pyplot' in sys.modules)"
-    command = [sys.executable, "-W", "error", "-c", f"import sys; sys.argv = sys.argv[1:]; {code}", REPOSITORY / "caption.py"]
-    arguments = ["--model", checkpoint, "--max_len", "5", "--device", "cpu", "--img"]
+    """As a command, without warnings, where a window cannot be opened."""
+    code = """import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+assert "matplotlib.pyplot" not in sys.modules"""
+    arguments = ["--img", pictures[0], "--model", checkpoint, "--max_len", "3", "--device", "cpu", "--out", "x.png"]
     environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
     environment |= {"MPLBACKEND": "tkagg", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([*command, *arguments, pictures[0], "--out", tmp_path / "x.png"], env=environment,
-                          capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("False\n") and (tmp_path / "x.png").is_file()
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code, REPOSITORY / "caption.py", *arguments],
+                          env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{pictures[0]}: ")
+    assert (tmp_path / "x.png").is_file()

@@ -70,6 +70,13 @@ def test_a_saved_checkpoint_comes_back_the_same(ours):
     assert load_checkpoint(ours, {"another": 0})["word_map"] == WORDS, "its own word map counts"
 
 
+def test_a_checkpoint_of_a_gpu_loads_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    save(tmp_path / "model.pth.tar")
+    assert b"cuda:0" in (tmp_path / "model.pth.tar").read_bytes()
+    assert same(load_checkpoint(tmp_path / "model.pth.tar")["encoder"], our_state()["encoder"])
+
+
 def test_models_are_rebuilt_with_the_same_outputs(ours):
     encoder, decoder = build_models(load_checkpoint(ours))
     same_encoder = Encoder(3, "mobilenet_v3_small")
@@ -530,14 +537,31 @@ def test_a_zip_bomb_is_not_unpacked(bomb, tmp_path):
         load_checkpoint(tmp_path / "x.pth.tar", WORDS)
 
 
+@pytest.fixture
+def little_memory():
+    """Fails a test that takes more than ten megabytes, beside what PyTorch takes."""
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**7
+
+
+@pytest.mark.usefixtures("little_memory")
 def test_a_large_memo_takes_no_memory():
     """Python's unpickler in C makes an array as long as the highest number that a pickle calls something by."""
     pickled = b"\x80\x02}r" + struct.pack("<I", 2**25) + b"."
-    tracemalloc.start()
-    try:
-        assert utils._OldUnpickler(io.BytesIO(pickled)).load() == {} and tracemalloc.get_traced_memory()[1] < 10**7
-    finally:
-        tracemalloc.stop()
+    assert utils._OldUnpickler(io.BytesIO(pickled)).load() == {}
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_storage_that_is_said_to_be_large_takes_no_memory(tmp_path):
+    path = write_old(tmp_path / "x.pth.tar", "stream", *tiny_old({}, {}))
+    content = path.read_bytes()
+    assert content.endswith(struct.pack("<q4f", 4, 0, 1, 2, 3))
+    path.write_bytes(content[:-24] + struct.pack("<q4f", 2**28, 0, 1, 2, 3))
+    with pytest.raises(EOFError):
+        utils._read_container(path)
 
 
 LANGUAGE = [

@@ -56,10 +56,10 @@ def write_set(folder: Path, images: list[dict]) -> Path:
 
 
 def prepare(source: Path, cpi: int = 2, min_word_freq: int = 0, max_len: int = 5, dataset: str = "mine",
-            out: str = "out", **options) -> tuple[Path, str]:
+            out: str = "out", workers: int = 0, **options) -> tuple[Path, str]:
     """Runs the script's function on the pictures beside the source; folder and base name of what it wrote."""
     base = create_input_files.create_input_files(dataset, source, source.parent, cpi, min_word_freq,
-                                                 source.parent / out, max_len, **options)
+                                                 source.parent / out, max_len, workers=workers, **options)
     return source.parent / out, base
 
 
@@ -342,7 +342,7 @@ def test_leftovers_of_a_killed_run_do_not_matter(tmp_path):
 # ---- whole or not at all ---------------------------------------------------------------------------------------------
 
 def test_an_unreadable_picture_leaves_nothing_behind(tmp_path):
-    source = write_set(tmp_path, few(20))
+    source = write_set(tmp_path, few(20) * 3)
     (tmp_path / "9.png").write_bytes((tmp_path / "9.png").read_bytes()[:60])
     with refused(str(tmp_path / "9.png"), "cannot be read"):
         prepare(source, workers=2)

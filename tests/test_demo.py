@@ -12,6 +12,8 @@ from models import Hypothesis
 CIRCLE = {"color": "red", "shape": "circle", "box": [0, 0, 128, 64]}    # of a 4 x 4 map: two cells of the first row
 SQUARE = {"color": "blue", "shape": "square", "box": [192, 192, 256, 256]}  # the last cell
 
+CROSS = {"color": "red", "shape": "cross", "box": [100, 100, 140, 140]}     # touches the four cells in the middle
+
 
 def gaze(*pixels: int) -> Hypothesis:
     """A caption whose words look at these pixels of a 4 x 4 map."""
@@ -25,10 +27,11 @@ def gaze(*pixels: int) -> Hypothesis:
     (["a", "circle"], (9, 0), [(True, 2 / 16)]),
     (["a", "disc"], (0, 2), [(False, 2 / 16)]),
     (["circles", "and", "squares"], (1, 0, 15), [(True, 2 / 16), (True, 1 / 16)]),
-    (["a", "star"], (0, 0), [])])
+    (["a", "star"], (0, 0), []),
+    (["a", "cross"], (0, 10), [(True, 4 / 16)])])
 def test_a_gaze_counts_where_the_named_shape_is(words: list[str], pixels: tuple[int, ...],
                                                 expected: list[tuple[bool, float]]) -> None:
-    assert demo.demo.looks(gaze(*pixels), words, [CIRCLE, SQUARE]) == expected
+    assert demo.demo.looks(gaze(*pixels), words, [CIRCLE, SQUARE, CROSS]) == expected
 
 
 def test_two_objects_of_a_shape_are_both_right() -> None:

@@ -64,7 +64,7 @@ def faults(tokens: list[str], objects: list[dict]) -> list[str]:
         return ["objects"]
     for mention, group in zip(found, named, strict=True):
         longest = [max(o["box"][2] - o["box"][0], o["box"][3] - o["box"][1]) for o in group]
-        if mention["size"] and not all((n <= 66) if mention["size"] in SMALL else (n >= 86) for n in longest):
+        if mention["size"] and not all((n <= 82) if mention["size"] in SMALL else (n >= 94) for n in longest):
             wrong.append("size")
         if mention["plural"] != (len(group) > 1):
             wrong.append("plural")
@@ -148,13 +148,13 @@ def test_boxes_lie_inside_and_apart(data_set):
         assert 1 <= len(objects) <= 3
         for x0, y0, x1, y1 in (o["box"] for o in objects):
             assert 0 <= x0 < x1 <= 256 and 0 <= y0 < y1 <= 256
-            assert 48 <= max(x1 - x0, y1 - y0) <= 64 or 88 <= max(x1 - x0, y1 - y0) <= 112
+            assert 64 <= max(x1 - x0, y1 - y0) <= 80 or 96 <= max(x1 - x0, y1 - y0) <= 112
         for a, b in itertools.combinations([o["box"] for o in objects], 2):
             assert max(b[0] - a[2], a[0] - b[2], b[1] - a[3], a[1] - b[3]) >= 8
 
 
 @pytest.mark.parametrize("place, count", [("place_one", 1), ("place_pair", 2), ("place_group", 2), ("place_group", 3)])
-@pytest.mark.parametrize("size", [(112, 112), (48, 48), (112, 85), (40, 64)])
+@pytest.mark.parametrize("size", [(112, 112), (64, 64), (112, 85), (50, 80)])
 def test_objects_of_any_size_fit(place, count, size):
     rng = random.Random(0)
     for _ in range(300):

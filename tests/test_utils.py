@@ -76,6 +76,16 @@ def test_a_device_that_cannot_be_used_is_named(device):
 
 
 @pytest.mark.usefixtures("alone")
+def test_only_the_first_line_of_pytorchs_reason_is_shown(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later\n")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(InputError, match=r"^--device cpu: .*\(CUDA error: out of memory\); leave the flag out$"):
+        setup_processes("cpu", None)
+
+
+@pytest.mark.usefixtures("alone")
 def test_without_a_device_the_best_one_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert setup_processes(None, None)[0].device == torch.device("cpu")
