@@ -46,7 +46,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="words that occur N times or less become <unk> (default: 5)")
     add("--output_folder", default="data", metavar="DIR", help="where the files go (default: data)")
     add("--max_len", type=int, default=50, metavar="WORDS", help="longer captions are left out (default: 50)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N",
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--workers", type=int, default=cores, metavar="N",
         help="processes reading pictures (default: all cores)")
     add("--overwrite", action="store_true", help="replace files that were made from something else")
     return parser
@@ -115,8 +116,8 @@ def from_csv(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a table in UTF-8 ({error})") from error
     if not rows or not {"image", "caption"} <= set(columns):
-        raise InputError(f"{path}: the first line names the columns image, caption and maybe split, parted by commas; "
-                         "each further line is a caption")
+        raise InputError(f"{path}: the first line names the columns image, caption and maybe split, separated by "
+                         "commas; each further line is a caption")
     without_punctuation = str.maketrans("", "", string.punctuation)
     images: dict[str, dict[str, Any]] = {}
     for where, row in rows:
@@ -280,7 +281,7 @@ def main(args: argparse.Namespace) -> str:
     if args.captions_per_image < 1 or args.max_len < 1 or args.min_word_freq < 0 or args.workers < 1:
         raise InputError("--captions_per_image, --max_len and --workers are 1 or more, --min_word_freq 0 or more")
     if args.captions_csv and args.karpathy_json_path:
-        raise InputError("--captions_csv and --karpathy_json_path exclude each other")
+        raise InputError("--captions_csv and --karpathy_json_path cannot be used together")
     if Path(args.dataset).name != args.dataset or (args.captions_csv and args.dataset == "coco"):
         raise InputError("--dataset is a name, not a path; with --captions_csv choose one of your own")
     source = args.captions_csv or args.karpathy_json_path or f"dataset_{args.dataset}.json"

@@ -429,7 +429,7 @@ TABLES = {
     "nothing": ("", "columns image, caption"),
     "only a header": ("image,caption\n", "columns image, caption"),
     "other columns": ("file,text\n1.png,a\n", "columns image, caption"),
-    "semicolons": ("image;caption\n1.png;a\n", "parted by commas"),
+    "semicolons": ("image;caption\n1.png;a\n", "separated by commas"),
     "a missing value": ("image,caption\n1.png,a\n1.png\n", "line 3"),
     "a comma without quotes": ("image,caption\n1.png,a dog, running\n", "line 2: not 2 values"),
     "no picture": ("image,caption\n1.png,a\n,b\n", "line 3"),
@@ -495,7 +495,7 @@ def test_flags_default_to_the_tutorials_values():
 
 @pytest.mark.parametrize("flags, part", [
     (["--captions_per_image", "0"], "1 or more"), (["--max_len", "0"], "1 or more"), (["--workers", "0"], "1 or more"),
-    (["--min_word_freq", "-1"], "0 or more"), (["--captions_csv", "set.json"], "exclude each other"),
+    (["--min_word_freq", "-1"], "0 or more"), (["--captions_csv", "set.json"], "cannot be used together"),
     (["--karpathy_json_path", "nowhere.json"], "nowhere.json: no such file"), (["--dataset", "my/set"], "--dataset")])
 def test_wrong_flags_are_told_in_one_line(tmp_path, monkeypatch, flags, part):
     monkeypatch.chdir(tmp_path)
