@@ -224,7 +224,7 @@ def write_json(path: Path, content: dict) -> None:
     temporary.replace(path)
 
 
-def draw_data_set(folder: str | Path, train: int = 1000, val: int = 60, test: int = 100, seed: int = 0) -> Path:
+def draw_data_set(folder: str | Path, train: int = 1000, val: int = 100, test: int = 100, seed: int = 0) -> Path:
     """Draw the three splits into `folder` and return the path of the captions, in Karpathy's JSON layout.
 
     `train`, `val` and `test` count pictures. A finished set made with the same arguments is left as it is.
@@ -262,7 +262,7 @@ def draw_data_set(folder: str | Path, train: int = 1000, val: int = 60, test: in
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the shapes data set: pictures, captions and boxes.")
     parser.add_argument("--folder", type=Path, default=Path("demo/output/shapes"))
-    for split, count in (("train", 1000), ("val", 60), ("test", 100)):
+    for split, count in (("train", 1000), ("val", 100), ("test", 100)):
         parser.add_argument(f"--{split}", type=int, default=count, help="pictures in this split")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

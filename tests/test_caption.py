@@ -36,10 +36,10 @@ def checkpoint(model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def pictures(prepared, tmp_path) -> list[Path]:
-    """Three pictures in a folder of their own."""
+    """Three pictures in a folder of their own; the model does not find the end of the first's caption."""
     folder = tmp_path / "pictures"
     folder.mkdir()
-    return [Path(shutil.copy(path, folder)) for path in sorted(prepared.pictures.glob("*test*"))[2:5]]
+    return [Path(shutil.copy(prepared.pictures / f"shapes_test_000{i}.png", folder)) for i in (0, 3, 4)]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_sequence_and_where_the_model_looked(model, pictures):
         assert sequence[-1] == end or len(sequence) == 1 + 51
         assert isinstance(alphas, list) and np.shape(alphas) == (len(sequence), 3, 3)
         assert np.all(np.array(alphas[0]) == 1) and np.allclose(np.sum(alphas[1:], axis=(1, 2)), 1)
-    assert True in endings
+    assert endings == {True, False}
 
 
 def test_the_decoder_does_not_drop_words_out(model, pictures):
