@@ -330,7 +330,7 @@ class Hand:
         numbers = tensor.t().flatten() if matrix else tensor.flatten()
         self.storages[key] = torch.cat([torch.full((3,), torch.nan), numbers, torch.full((2,), torch.nan)])
         storage = Saved(("storage", Name("torch", "FloatStorage"), key, "cuda:0", tensor.numel() + 5, None))
-        stride = (1, tensor.size(0)) if matrix else tensor.stride()
+        stride = (1, tensor.size(0)) if matrix else torch.empty(tensor.shape).stride()  # row by row, as flatten gives
         return Call(REBUILD, (storage, 3, tuple(tensor.shape), stride, False, Ordered()))
 
     def parameter(self, parameter: nn.Parameter | None) -> Call | None:
