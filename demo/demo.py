@@ -43,7 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "demo" / "output", metavar="DIR",
                         help="where all files go; what is there of an earlier demo is replaced (default: demo/output)")
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="scenes to train on (default: 1000)")
-    parser.add_argument("--epochs", type=int, nargs=2, default=[4, 3], metavar="N", help="by stage (default: 4 3)")
+    parser.add_argument("--epochs", type=int, nargs=2, default=[3, 2], metavar="N", help="by stage (default: 3 2)")
     return parser
 
 
