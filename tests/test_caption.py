@@ -74,6 +74,11 @@ def test_a_sequence_and_where_the_model_looked(model, pictures):
     assert endings == {True, False}
 
 
+def test_weights_lie_as_the_pixels_do():
+    """Row by row, from the top left: a picture's upper half is the first half of its pixels."""
+    assert to_grid(torch.arange(12).view(2, 6)).tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
+
+
 def test_the_decoder_does_not_drop_words_out(model, pictures):
     model.decoder.train()
     found = [caption_paths(model.encoder, model.decoder, pictures, model.words, max_len=8) for _ in range(3)]
