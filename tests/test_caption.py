@@ -13,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from skimage.transform import pyramid_expand
 from test_eval import Model
 
 import caption
@@ -230,8 +231,9 @@ def test_a_panel_for_each_word(n_words, shape, pictures):
     figure = visualize_att(pictures[0], sequence, alphas.tolist(), WORDS)
     assert [axes.get_title() for axes in figure.axes] == [WORDS[index] for index in sequence]
     assert [len(axes.images) for axes in figure.axes] == [1] + [2] * (n_words + 1), "nothing lies over <start>'s"
-    places = [axes.get_subplotspec().get_geometry()[1:3] for axes in figure.axes]
-    assert places == [(5, i) for i in range(n_words + 2)] and not any(axes.axison for axes in figure.axes)
+    places = [axes.get_subplotspec().get_geometry()[:3] for axes in figure.axes]
+    assert places == [(-(-(n_words + 2) // 5), 5, i) for i in range(n_words + 2)]
+    assert not any(axes.axison for axes in figure.axes)
     figure.draw_without_rendering()
     assert all(axes.title.get_window_extent().y1 <= figure.bbox.y1 for axes in figure.axes), "no title is cut off"
 
@@ -271,16 +273,17 @@ def test_pixels_are_enlarged_as_they_are_or_smoothly(shape):
     assert set(np.unique(plain.round(9))) == set(alpha.round(9).flat)
     centres = [(np.arange(n) * 2 + 1) * 336 // (2 * n) for n in shape]
     assert np.allclose(plain[np.ix_(*centres)], alpha)
-    steps = np.abs(np.diff(smooth, axis=1)).max()
-    assert steps < 0.1 and steps <= np.abs(np.diff(plain, axis=1)).max()
+    assert np.abs(np.diff(smooth, axis=1)).max() < 0.1
+    if shape == (14, 14):
+        assert np.allclose(smooth, pyramid_expand(alpha, upscale=24, sigma=8)), "as in the original tutorial"
 
 
 @pytest.mark.parametrize("flags, smooth", [([], True), (["--dont_smooth"], False)])
 def test_the_best_caption_is_drawn(flags, smooth, model, run, pictures, monkeypatch):
     drawn = []
     monkeypatch.setattr(caption, "visualize_att", lambda *arguments: drawn.append(arguments) or Figure((1, 1)))
-    run("--img", *pictures, "--out", "figures", "--n_best", 3, *flags)
-    assert len(drawn) == 3
+    run("--img", *pictures, "--out", "figures", "--n_best", 3, "--batch_size", 2, *flags)
+    assert len(drawn) == len(list(Path("figures").iterdir())) == 3
     for path, (of, sequence, alphas, rev_word_map, how) in zip(pictures, drawn, strict=True):
         best = caption_paths(model.encoder, model.decoder, [path], model.words, 3, 8)[0][0]
         assert of == path and sequence == best.sequence and how is smooth and rev_word_map[sequence[0]] == "<start>"
