@@ -224,7 +224,7 @@ def test_impossible_numbers_are_named(arguments, run, pictures):
 WORDS = {0: "<start>", 1: "<end>", 2: "a", 3: "$$", 4: "$\\no$"}
 
 
-@pytest.mark.parametrize("n_words, shape", [(1, (14, 14)), (20, (14, 14)), (3, (1, 1)), (4, (3, 4)), (5, (10, 7))])
+@pytest.mark.parametrize("n_words, shape", [(1, (14, 14)), (20, (4, 4)), (3, (1, 1)), (4, (3, 4)), (5, (10, 7))])
 def test_a_panel_for_each_word(n_words, shape, pictures):
     sequence = [0, *(2 + i % 3 for i in range(n_words)), 1]
     alphas = np.random.default_rng(0).random((n_words + 2, *shape))

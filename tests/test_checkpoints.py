@@ -572,7 +572,7 @@ LANGUAGE = [
     b"q\x00", b"h\x00", b"q\x01", b"h\x01"]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.lists(st.sampled_from(LANGUAGE), max_size=25))
 def test_no_program_of_allowed_names_reaches_anything(program):
     """Whatever opcodes do with the allowed names ends in an error, or in plain data and stand-ins."""
@@ -587,7 +587,7 @@ def test_no_program_of_allowed_names_reaches_anything(program):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_a_damaged_old_file_is_read_or_refused(data, tmp_path_factory):
     """Some bytes changed: one line of refusal at worst."""
