@@ -22,7 +22,7 @@ from PIL import Image
 from skimage.transform import pyramid_expand, resize
 from torch import Tensor
 
-from datasets import normalize, read_image, read_word_map, to_rgb, words_of
+from datasets import encode, read_image, read_word_map, to_rgb, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models
 from utils import InputError, autocast, load_checkpoint, progress, run_script, setup_processes, whole_file
 
@@ -69,8 +69,9 @@ def caption_paths(encoder: Encoder, decoder: DecoderWithAttention, paths: Sequen
     device = decoder.fc.weight.device
     images = torch.from_numpy(np.stack([read_image(path) for path in paths]))   # (N, 3, 256, 256)
     with autocast(device, precision):
-        features = encoder(normalize(images, device))                           # (N, 14, 14, C)
-        return decoder.beam_search(features, word_map, beam_size, max_len, n_best=n_best)
+        features = encode(encoder, images, device)                              # (N, h, w, C)
+        return decoder.beam_search(features, word_map, beam_size, max_len, n_best=n_best,
+                                   pooling=encoder.pooling(features))
 
 
 def to_grid(alphas: Tensor) -> Tensor:

@@ -7,8 +7,13 @@ Pixels stay bytes until they are on the device that needs them: `normalize` make
 """
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
+import platform
+import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +22,16 @@ import h5py
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import InputError
+from utils import InputError, autocast, progress
 
 IMAGE_SIZE = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
 PREPROCESSING = {"image_size": IMAGE_SIZE, "mean": list(MEAN), "std": list(STD)}  # what a checkpoint records
 SPECIAL_WORDS = ("<start>", "<end>", "<pad>", "<unk>")
+FEATURES_AT_ONCE = 32  # pictures encoded between two writes of `keep_features`
 DATA_HINT = """Two commands make and use a data set, once its pictures and Karpathy's dataset_coco.json are here:
   python create_input_files.py --dataset coco --karpathy_json_path dataset_coco.json --image_folder .
   python train.py"""
@@ -122,6 +128,26 @@ def words_of(sequence: Sequence[int], word_map: dict[str, int]) -> list[str]:
     return [words[index] for index in sequence if index not in silent]
 
 
+class Features(Dataset):
+    """The features of all pictures of a split, (h, w, C) each, in a file that is read through a memory map."""
+
+    def __init__(self, path: Path, n_images: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.path, self.shape, self.dtype = path, (n_images, *shape), dtype
+        self.n_bytes = math.prod(self.shape) * dtype.itemsize
+        self._open: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self._open is None:
+            self._open = torch.from_file(str(self.path), size=math.prod(self.shape), dtype=self.dtype).view(self.shape)
+        return self._open[i]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}  # a worker process maps the file itself
+
+
 class CaptionDataset(Dataset):
     """The captions of a split with their pictures, caption by caption.
 
@@ -143,6 +169,7 @@ class CaptionDataset(Dataset):
         self.path = folder / f"{split}_IMAGES_{data_name}.hdf5"
         references = folder / f"{split}_REFERENCES_{data_name}.json"
         self.references_path = references if references.is_file() else None
+        self.features: Features | None = None  # instead of the pictures, see keep_features
         self._open: tuple[int, Any] | None = None  # (process, pictures)
         n_words = len(load_word_map(folder, data_name))
         captions = read_json(folder / f"{split}_CAPTIONS_{data_name}.json")
@@ -193,11 +220,16 @@ class CaptionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.captions)
 
+    def picture(self, i: int) -> Tensor:
+        """Picture (3, 256, 256) uint8; or, once `keep_features` was called, its features (h, w, C)."""
+        if self.features is None:
+            image = torch.from_numpy(np.array(self.images[i]))
+            return image if self.transform is None else self.transform(image)
+        return self.features[i]
+
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         """Picture (3, 256, 256) uint8, caption (L,) and length (1,); for VAL and TEST all its captions (5, L) too."""
-        image = torch.from_numpy(np.array(self.images[i // self.cpi]))
-        if self.transform is not None:
-            image = self.transform(image)
+        image = self.picture(i // self.cpi)
         caption, length = torch.from_numpy(self.captions[i]).long(), torch.tensor([int(self.caplens[i])])
         if self.split == "TRAIN":
             return image, caption, length
@@ -222,42 +254,113 @@ class CaptionDataset(Dataset):
         return [sentences[i:i + self.cpi] for i in range(0, len(sentences), self.cpi)]
 
 
+class Pictures(Dataset):
+    """The pictures of a split, each once with all its captions: picture, captions (5, L), lengths (5,)."""
+
+    def __init__(self, dataset: CaptionDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return self.dataset.n_images
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        own = slice(i * self.dataset.cpi, (i + 1) * self.dataset.cpi)
+        captions = torch.from_numpy(self.dataset.captions[own]).long()
+        lengths = torch.from_numpy(self.dataset.caplens[own]).long()
+        return self.dataset.picture(i), captions, lengths
+
+
 class EpochSampler(Sampler[list[int]]):
     """Batches of an epoch in an order that depends on seed and epoch alone, so that a run can be taken up anywhere.
 
-    A batch of all processes together is `batch_size * world_size` captions, dealt to them like cards. The epoch's last
-    batch may have fewer captions than there are processes: then the others get one whose loss must not count.
-
-    Args:
-        group: captions that stay together: 1, or a picture's number of captions to have its captions in one batch.
+    A batch of all processes together is `batch_size * world_size` items, dealt to them like cards. The epoch's last
+    batch may have fewer items than there are processes: then the others get one whose loss must not count.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
-                 group: int = 1) -> None:
-        self.groups, self.group, self.seed = length // group, group, seed
-        self.batch_groups = max(world_size, batch_size * world_size // group)
-        self.rank, self.world_size = rank, world_size
-        self.steps = -(-self.groups // self.batch_groups)
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+        self.batch_size = batch_size * world_size
+        self.steps = -(-length // self.batch_size)
         self.epoch, self.first_step = 0, 0
 
     def counts(self, step: int) -> bool:
         """Whether this process's share of a step is its own, and not a stopgap at the epoch's end."""
-        return self.rank < self.groups - step * self.batch_groups
+        return self.rank < self.length - step * self.batch_size
 
     def __len__(self) -> int:
         return self.steps - self.first_step
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.groups, generator=generator).unsqueeze(1) * self.group + torch.arange(self.group)
+        order = torch.randperm(self.length, generator=generator)
         for step in range(self.first_step, self.steps):
-            batch = order[step * self.batch_groups:(step + 1) * self.batch_groups]
-            yield (batch[self.rank::self.world_size] if self.counts(step) else batch[:1]).flatten().tolist()
+            batch = order[step * self.batch_size:(step + 1) * self.batch_size]
+            yield (batch[self.rank::self.world_size] if self.counts(step) else batch[:1]).tolist()
 
 
 def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, rank: int = 0, world_size: int = 1,
                  device: torch.device | None = None) -> DataLoader:
     """Batches of pictures, each once, of this process's share: every world_size-th picture from the rank-th on."""
-    first_captions = range(rank * dataset.cpi, len(dataset), dataset.cpi * world_size)
-    return DataLoader(torch.utils.data.Subset(dataset, first_captions), batch_size, num_workers=workers,
-                      pin_memory=device is not None and device.type == "cuda")
+    share = torch.utils.data.Subset(Pictures(dataset), range(rank, dataset.n_images, world_size))
+    return DataLoader(share, batch_size, num_workers=workers, pin_memory=device is not None and device.type == "cuda")
+
+
+def encode(encoder: nn.Module, pictures: Tensor, device: torch.device) -> Tensor:
+    """Features (N, h, w, C) of pictures (N, 3, 256, 256), unless they are features already (see `keep_features`)."""
+    if pictures.dtype == torch.uint8:
+        return encoder.grid(normalize(pictures, device))
+    return pictures.to(device, non_blocking=True)
+
+
+def keep_features(dataset: CaptionDataset, encoder: nn.Module, device: torch.device, precision: str, workers: int,
+                  show: bool = True) -> None:
+    """Encodes each picture once, into a file beside the pictures; from then on the data set gives these features.
+
+    A frozen encoder gives the same features every epoch. They are kept in the run's own precision, so that nothing
+    that is computed from them changes. The file's name holds a digest of all that they depend on; an unfinished one
+    is gone on with. Of several processes on a machine the first encodes, and the others wait for the file.
+
+    Raises:
+        InputError: too little space on the disk.
+    """
+    with torch.inference_mode(), autocast(device, precision):
+        shape = encode(encoder, dataset.picture(0).unsqueeze(0), device).shape[1:]
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    pixels = dataset.path.stat()
+    digest = hashlib.sha256(repr((str(encoder), PREPROCESSING, dtype, pixels.st_size, pixels.st_mtime_ns)).encode())
+    for tensor in encoder.state_dict().values():
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    name = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
+    path = dataset.path.with_name(f"{name}_{digest.hexdigest()[:16]}.bin")
+    features = Features(path, dataset.n_images, shape, dtype)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        if not path.is_file():
+            _write_features(features, dataset, encoder, device, precision, workers, show)
+    while not path.is_file():
+        time.sleep(0.2)
+    dataset.features = features
+
+
+@torch.inference_mode()
+def _write_features(features: Features, dataset: CaptionDataset, encoder: nn.Module, device: torch.device,
+                    precision: str, workers: int, show: bool) -> None:
+    partial = features.path.with_name(f".{features.path.name}.{platform.node()}.part")
+    size = features.n_bytes // len(features)
+    done = partial.stat().st_size // size if partial.is_file() else 0
+    free = shutil.disk_usage(partial.parent).free
+    if features.n_bytes - done * size > free:
+        raise InputError(f"the features of {dataset.path} need {features.n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+                         f"are free in {partial.parent}; make room, or leave out --cache_features")
+    rest = torch.utils.data.Subset(Pictures(dataset), range(done, dataset.n_images))
+    bar = progress(None, f"features, {dataset.split}", "picture", show, total=dataset.n_images, initial=done)
+    with open(partial, "ab") as file:
+        file.truncate(done * size)
+        for pictures, *_ in DataLoader(rest, FEATURES_AT_ONCE, num_workers=workers):
+            with autocast(device, precision):
+                rows = encode(encoder, pictures, device)
+            file.write(rows.to(features.dtype).cpu().contiguous().view(torch.uint8).numpy())
+            file.flush()
+            os.fsync(file.fileno())  # what the file's length promises is on the disk
+            bar.update(len(pictures))
+    bar.close()
+    partial.replace(features.path)

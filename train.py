@@ -23,7 +23,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets import PREPROCESSING, CaptionDataset, EpochSampler, check_pixels, load_word_map, normalize
+from datasets import (
+    PREPROCESSING,
+    CaptionDataset,
+    EpochSampler,
+    Pictures,
+    check_pixels,
+    encode,
+    keep_features,
+    load_word_map,
+)
 from eval import bleu, measure, validate
 from models import DecoderWithAttention, Encoder, build_models
 from utils import (
@@ -79,6 +88,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="captions per process, by stage (default: 80 32)")
     add("--whole_images", action="store_true",
         help="batches of pictures with all their captions: each picture is encoded once an epoch, not once a caption")
+    add("--cache_features", action="store_true",
+        help="in stage 1, keep what the encoder makes of each picture beside the data, and never encode it again")
     add("--encoder_lr", type=float, default=1e-4, help="Adam's rate for the encoder (default: 1e-4)")
     add("--decoder_lr", type=float, default=4e-4, help="Adam's rate for the decoder (default: 4e-4)")
     add("--grad_clip", type=float, default=5.0, help="each gradient is cut off at plus and minus this (default: 5)")
@@ -223,9 +234,14 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
     epochs, batch_size = (values[min(stage, len(values)) - 1] for values in (args.epochs, args.batch_size))
     learner = make_learner(stage, start, run)
     state = stage_state(stage, start)
-    sampler = EpochSampler(len(run.train), batch_size, 2 * args.seed + stage, processes.rank, processes.world_size,
-                           run.train.cpi if args.whole_images else 1)
-    loader = DataLoader(run.train, batch_sampler=sampler, num_workers=args.workers,
+    for dataset in (run.train, run.val):
+        dataset.features = None
+        if args.cache_features and stage == 1:
+            keep_features(dataset, learner.encoder, processes.device, run.precision, args.workers, processes.rank == 0)
+    items, at_once = (Pictures(run.train), run.train.cpi) if args.whole_images else (run.train, 1)
+    sampler = EpochSampler(len(items), max(1, batch_size // at_once), 2 * args.seed + stage, processes.rank,
+                           processes.world_size)
+    loader = DataLoader(items, batch_sampler=sampler, num_workers=args.workers,
                         pin_memory=processes.device.type == "cuda")
     run.say(f"stage {stage} ({'encoder too' if stage == 2 else 'decoder only'}): {len(run.train)} captions in "
             f"{sampler.steps} batches, {processes.world_size} x {processes.device} in {run.precision}; begins at epoch "
@@ -273,7 +289,7 @@ def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
     if stage == 2:
         learning["encoder"] = (encoder, args.encoder_lr)
     optimizers: dict[str, torch.optim.Optimizer] = {
-        name: torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr)
+        name: torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr, fused=True)
         for name, (model, lr) in learning.items()}
     states = start["training"]["optimizers"] if start and start["training"] else {}
     for name in optimizers.keys() & states.keys():
@@ -354,13 +370,13 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
 
 def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: float, counts: bool) -> Tensor:
     """One step of gradient descent; returns the batch's sums over all processes, as `measure` orders them."""
-    images, captions, lengths = batch
+    pictures, captions, lengths = batch                                         # captions (N, L) or (N / 5, 5, L)
     device, args = run.processes.device, run.args
+    captions = captions.flatten(0, -2).to(device, non_blocking=True)            # (N, L)
     with autocast(device, run.precision):
-        same = run.train.cpi if args.whole_images else 1                        # rows in turn with the same picture
-        features = learner.encoder(normalize(images[::same], device))           # (N / same, 14, 14, C)
-        features = features.repeat_interleave(same, 0) if same > 1 else features
-        sums = measure(*learner.decoder(features, captions.to(device, non_blocking=True), lengths, sampling)) * counts
+        features = encode(learner.encoder, pictures, device)                    # (N or N / 5, h, w, C)
+        sums = measure(*learner.decoder.unroll(features, captions, lengths.view(-1, 1), sampling,
+                                               learner.encoder.pooling(features))) * counts
     totals = sums.detach().double()
     if run.processes.world_size > 1:
         dist.all_reduce(totals)

@@ -4,34 +4,43 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import ENCODER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import datasets
 from datasets import (
     CaptionDataset,
     EpochSampler,
+    Pictures,
     check_pixels,
+    encode,
     image_loader,
+    keep_features,
     load_word_map,
     normalize,
     read_image,
     read_word_map,
     words_of,
 )
-from utils import InputError
+from models import Encoder
+from utils import InputError, autocast
 
 BASE = "old_2_cap_per_img_0_min_word_freq"
+CPU = torch.device("cpu")
 WORDS = {"a": 1, "dog": 2, "runs": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}
 
 
@@ -351,6 +360,97 @@ def test_image_loader_deals_each_picture_once(prepared, world_size):
     assert np.array_equal(torch.stack(found).numpy(), dataset.images[:])
 
 
+# ---- features that are kept ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def copied(prepared, tmp_path) -> CaptionDataset:
+    """A data set that may be written beside."""
+    shutil.copytree(prepared.folder, tmp_path / "data")
+    return CaptionDataset(tmp_path / "data", prepared.name, "TEST")
+
+
+def kept_files(dataset: CaptionDataset) -> list[str]:
+    return sorted(path.name for path in dataset.path.parent.iterdir() if "FEATURES" in path.name)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_kept_features_are_what_the_encoder_gives(copied, precision, dtype):
+    encoder, pictures = Encoder(4, ENCODER), torch.stack([copied.picture(i) for i in range(7)])
+    assert pictures.dtype == torch.uint8
+    keep_features(copied, encoder, CPU, precision, 0, show=False)
+    kept = torch.stack([copied.picture(i) for i in range(7)])
+    with torch.inference_mode(), autocast(CPU, precision):
+        expected = encode(encoder, pictures, CPU)
+        assert encode(encoder, kept, CPU) is kept
+    assert kept.dtype == dtype
+    torch.testing.assert_close(kept, expected.to(dtype))
+    image, _, length, _ = copied[8]
+    assert torch.equal(image, kept[1]) and length == copied.caplens[8]
+
+
+def test_kept_features_reach_worker_processes(copied):
+    keep_features(copied, Encoder(4, ENCODER), CPU, "float32", 0, show=False)
+    assert copied[0][0].is_floating_point()  # the map is open in this process
+    loader = DataLoader(Pictures(copied), 3, num_workers=1, multiprocessing_context="spawn")
+    pictures = torch.cat([batch[0] for batch in loader])
+    assert torch.equal(pictures, torch.stack([copied.picture(i) for i in range(7)]))
+    assert len(pickle.dumps(copied)) < 100_000  # without the features
+
+
+def test_stale_features_are_never_used(copied):
+    """Other weights, precision or pixels: another file."""
+    encoder = Encoder(4, ENCODER)
+    keep_features(copied, encoder, CPU, "float32", 0, show=False)
+    first = kept_files(copied)
+    copied.features = None
+    keep_features(copied, encoder, CPU, "float32", 0, show=False)
+    assert kept_files(copied) == first and len(first) == 1
+    for changes in range(1, 4):
+        copied.features = None
+        if changes == 1:
+            with torch.no_grad():
+                next(encoder.parameters())[0] += 1e-3
+        elif changes == 2:
+            os.utime(copied.path, ns=(0, 0))
+        keep_features(copied, encoder, CPU, "bfloat16" if changes == 3 else "float32", 0, show=False)
+        assert len(kept_files(copied)) == 1 + changes
+
+
+def test_an_interrupted_file_of_features_is_gone_on_with(copied, monkeypatch):
+    """What is on the disk is not encoded again; a torn picture at its end is."""
+    encoder, grid = Encoder(4, ENCODER), Encoder.grid
+    encoded: list[int] = []
+
+    def stop_at_third(self: Encoder, images: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(images))
+        if len(encoded) == 4:
+            raise KeyboardInterrupt
+        return grid(self, images)
+
+    monkeypatch.setattr(datasets, "FEATURES_AT_ONCE", 2)
+    monkeypatch.setattr(Encoder, "grid", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        keep_features(copied, encoder, CPU, "float32", 0, show=False)
+    assert copied.features is None
+    [partial] = copied.path.parent.glob(".*FEATURES*")
+    size = partial.stat().st_size // 4
+    with open(partial, "ab") as file:
+        file.write(b"torn")
+    keep_features(copied, encoder, CPU, "float32", 0, show=False)
+    assert encoded == [1, 2, 2, 2, 1, 2, 1]  # the first of each for the shape
+    assert copied.features.path.stat().st_size == 7 * size
+    kept = torch.stack([copied.picture(i) for i in range(7)])
+    copied.features = None
+    torch.testing.assert_close(kept, encode(encoder, torch.stack([copied.picture(i) for i in range(7)]), CPU))
+
+
+def test_features_that_do_not_fit_on_the_disk_are_refused(copied, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"leave out --cache_features"):
+        keep_features(copied, Encoder(4, ENCODER), CPU, "float32", 0, show=False)
+    assert not kept_files(copied)
+
+
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
 def other_archive(change: Callable[[h5py.File], None]) -> Callable[[Path], None]:
@@ -456,55 +556,44 @@ def test_words_of_leaves_out_what_is_never_said():
 
 # ---- the order of an epoch -------------------------------------------------------------------------------------------
 
-some_groups = st.integers(1, 40)
-some_sizes = st.tuples(st.integers(1, 5), st.integers(0, 12)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+some_items = st.integers(1, 40)
+some_size = st.integers(1, 12)
 a_few = st.integers(1, 4)
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def ranks(groups: int, group: int, batch: int, world: int, seed: int = 0) -> list[EpochSampler]:
-    return [EpochSampler(groups * group, batch, seed, rank, world, group) for rank in range(world)]
+def ranks(items: int, batch: int, world: int, seed: int = 0) -> list[EpochSampler]:
+    return [EpochSampler(items, batch, seed, rank, world) for rank in range(world)]
 
 
-@given(some_groups, some_sizes, a_few)
+@given(some_items, some_size, a_few)
 @quick
-def test_an_epoch_holds_every_caption_once(groups, sizes, world):
+def test_an_epoch_holds_every_item_once(items, batch, world):
     """Over all processes, without the stopgaps, of which counts() tells; no process is ever given nothing."""
-    group, batch = sizes
-    samplers, seen = ranks(groups, group, batch, world), []
+    samplers, seen = ranks(items, batch, world), []
     for sampler in samplers:
         steps = list(sampler)
         assert len(steps) == len(sampler) == len(samplers[0]) and all(steps)
-        seen += [i for step, captions in enumerate(steps) if sampler.counts(step) for i in captions]
-    assert sorted(seen) == list(range(groups * group))
+        seen += [i for step, share in enumerate(steps) if sampler.counts(step) for i in share]
+    assert sorted(seen) == list(range(items))
 
 
-@given(some_groups, some_sizes, a_few)
+@given(some_items, some_size, a_few)
 @quick
-def test_processes_together_take_what_one_would(groups, sizes, world):
+def test_processes_together_take_what_one_would(items, batch, world):
     """The union over `world` processes of a step is the batch of one process with `world` times the batch size."""
-    group, batch = sizes
-    alone = list(EpochSampler(groups * group, batch * world, 0, group=group))
+    alone = list(EpochSampler(items, batch * world, 0))
     together: list[list[int]] = [[] for _ in alone]
-    for sampler in ranks(groups, group, batch, world):
-        for step, captions in enumerate(sampler):
-            together[step] += captions if sampler.counts(step) else []
+    for sampler in ranks(items, batch, world):
+        for step, share in enumerate(sampler):
+            together[step] += share if sampler.counts(step) else []
     assert list(map(sorted, together)) == list(map(sorted, alone))
 
 
-@given(some_groups, some_sizes, a_few)
+@given(some_items, some_size, a_few, st.integers(0, 50))
 @quick
-def test_a_group_stays_together(groups, sizes, world):
-    group, batch = sizes
-    for sampler in ranks(groups, group, batch, world):
-        for captions in sampler:
-            assert [i // group * group + k for i in captions[::group] for k in range(group)] == captions
-
-
-@given(some_groups, some_sizes, a_few, st.integers(0, 50))
-@quick
-def test_an_epoch_can_be_taken_up_at_any_step(groups, sizes, world, step):
-    for sampler in ranks(groups, *sizes, world):
+def test_an_epoch_can_be_taken_up_at_any_step(items, batch, world, step):
+    for sampler in ranks(items, batch, world):
         whole = list(sampler)
         sampler.first_step = min(step, len(whole))
         assert list(sampler) == whole[sampler.first_step:]
@@ -529,6 +618,4 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 def test_batches_are_of_the_asked_size():
     assert [len(captions) for captions in EpochSampler(50, 16, 0)] == [16, 16, 16, 2]
-    assert [len(captions) for captions in EpochSampler(50, 16, 0, group=5)] == [15, 15, 15, 5]
     assert [len(captions) for captions in EpochSampler(50, 16, 0, rank=1, world_size=2)] == [16, 9]
-    assert [len(captions) for captions in EpochSampler(10, 2, 0, group=5)] == [5, 5]  # a group is never cut

@@ -16,6 +16,7 @@ from conftest import ENCODER, Prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import eval as evaluation
 from datasets import CaptionDataset, load_word_map, normalize, words_of
@@ -169,8 +170,15 @@ def teacher_forced(vocab_size: int = 11, captions: int = 5) -> tuple[Any, ...]:
     return decoder(torch.randn(captions, 2, 2, 3), torch.randint(1, vocab_size, (captions, 9)), lengths)
 
 
+def measured(output: tuple[Any, ...]) -> torch.Tensor:
+    """`measure` of what `forward` returns, whose scores are padded."""
+    scores, captions, lengths, *others = output
+    return measure(pack_padded_sequence(scores, lengths, batch_first=True), captions, lengths, *others)
+
+
 def test_measure_is_the_plain_formulas():
     scores, captions, lengths, alphas, _ = output = teacher_forced()
+    assert lengths[0] > lengths[-1], "some end earlier"
     n_words, loss, near = sum(lengths), 0.0, 0
     for row, length in enumerate(lengths):
         for t in range(length):
@@ -178,12 +186,12 @@ def test_measure_is_the_plain_formulas():
             loss -= scores[row, t].log_softmax(0)[target].item()
             near += int((scores[row, t] > scores[row, t, target]).sum() < 5)
     attention = sum(((1 - alphas[row, :length].sum(0)) ** 2).mean().item() for row, length in enumerate(lengths))
-    assert measure(*output).tolist() == pytest.approx([loss, attention, near, n_words, 5], rel=1e-5)
+    assert measured(output).tolist() == pytest.approx([loss, attention, near, n_words, 5], rel=1e-5)
     assert 0 < near < n_words
 
 
 def test_measure_carries_gradients_and_takes_few_words():
-    sums = measure(*teacher_forced(vocab_size=3))
+    sums = measured(teacher_forced(vocab_size=3))
     assert sums[2] == sums[3], "of three words all are among the first five"
     assert torch.autograd.grad(sums[0] + sums[1], sums, allow_unused=True)[0] is not None and sums.requires_grad
 
@@ -191,7 +199,7 @@ def test_measure_carries_gradients_and_takes_few_words():
 def test_measure_counts_exactly_in_bfloat16():
     """Whose numbers from 256 on are even."""
     scores, captions, lengths, alphas, order = teacher_forced(captions=301)
-    sums = measure(scores.bfloat16(), captions, lengths, alphas.bfloat16(), order)
+    sums = measured((scores.bfloat16(), captions, lengths, alphas.bfloat16(), order))
     assert sums[3:].tolist() == [sum(lengths), 301]
 
 
@@ -213,6 +221,7 @@ def test_validation_is_one_pass_over_everything(batch_size, model, prepared):
     for i in range(15):
         dataset.captions[i] = 0
         dataset.captions[i, :len(greedy[i // 5])] = greedy[i // 5]
+        dataset.caplens[i] = len(greedy[i // 5])
     captions = torch.from_numpy(dataset.captions).long()
     with torch.inference_mode():
         features = model.encoder(normalize(torch.from_numpy(np.array(dataset.images)), ALONE.device))
@@ -221,7 +230,7 @@ def test_validation_is_one_pass_over_everything(batch_size, model, prepared):
     predictions = {int(i): scores[row, :length].argmax(1).tolist()
                    for row, (i, length) in enumerate(zip(order, lengths, strict=True))}
     found = validate(model.encoder, model.decoder, dataset, model.words, ALONE, "float32", batch_size)
-    assert found[0] == pytest.approx(measure(*output).tolist(), rel=1e-5) and found[0][4] == len(dataset) == 30
+    assert found[0] == pytest.approx(measured(output).tolist(), rel=1e-5) and found[0][4] == len(dataset) == 30
     assert found[1] == pytest.approx(tutorials_bleu(dataset, predictions, model.words)) and 10 < found[1] < 90
     assert found[2] == [words_of(each, model.words) for each in greedy] and len(greedy) == 6
 

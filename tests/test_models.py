@@ -135,6 +135,105 @@ def test_beam_one_is_greedy(seed: int) -> None:
         assert found[0].finished == (words[-1] == WORDS["<end>"])
 
 
+def narrowing_search(decoder: DecoderWithAttention, features: torch.Tensor, beam_size: int,
+                     max_len: int) -> list[tuple[float, list[int]]]:
+    """The published search for one picture, word by word in lists: finished captions, the most probable first."""
+    hypotheses, finished = [(0.0, [WORDS["<start>"]])], []
+    for _ in range(max_len):
+        continued = [(total + score, [*words, word]) for total, words in hypotheses
+                     for word, score in enumerate(step_scores(decoder, features, words).tolist())]
+        best = sorted(continued, reverse=True)[:beam_size - len(finished)]
+        finished += [each for each in best if each[1][-1] == WORDS["<end>"]]
+        hypotheses = [each for each in best if each[1][-1] != WORDS["<end>"]]
+        if not hypotheses:
+            break
+    return sorted(finished, reverse=True)
+
+
+@pytest.mark.parametrize("beam_size", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_beam_narrows_with_each_caption_that_ends(seed: int, beam_size: int) -> None:
+    """All captions that end, not only the best, which a beam of constant width would often find too."""
+    decoder, features = random_decoder(seed, bias=1.5)
+    found = decoder.beam_search(features, WORDS, beam_size, max_len=7, forbidden=(), n_best=beam_size)
+    for picture, hypotheses in zip(features, found, strict=True):
+        expected = narrowing_search(decoder, picture.unsqueeze(0), beam_size, max_len=7)
+        finished = [each for each in hypotheses if each.finished]
+        assert [each.sequence for each in finished] == [words for _, words in expected]
+        assert [each.log_prob for each in finished] == pytest.approx([total for total, _ in expected], abs=1e-4)
+
+
+def test_many_pictures_that_end_at_different_times_are_searched_as_if_alone() -> None:
+    """Some leave the batch before others, and the rows of those that stay must not be confused."""
+    decoder, _ = random_decoder(5)
+    torch.manual_seed(1)
+    features = torch.randn(40, 2, 2, 7)
+    together = decoder.beam_search(features, WORDS, 3, max_len=12, n_best=3)
+    assert len({len(best[0].sequence) for best in together}) > 3
+    for picture, found in zip(features, together, strict=True):
+        alone = decoder.beam_search(picture.unsqueeze(0), WORDS, 3, max_len=12, n_best=3)[0]
+        assert [each.sequence for each in found] == [each.sequence for each in alone]
+        for one, other in zip(found, alone, strict=True):
+            torch.testing.assert_close(one.alphas, other.alphas)
+    without = decoder.beam_search(features, WORDS, 3, max_len=12, with_alphas=False)
+    assert [best[0].sequence for best in without] == [best[0].sequence for best in together]
+    assert without[0][0].alphas is None
+
+
+@pytest.mark.parametrize("size", [3, 14])
+def test_pooling_the_sums_is_pooling_the_features(size: int) -> None:
+    """The grid and its pooling matrix give what the pooled features give: scores, alphas, gradients, captions."""
+    encoder = Encoder(size, "mobilenet_v3_small")
+    torch.manual_seed(0)
+    decoder = DecoderWithAttention(5, 4, 6, 6, encoder.encoder_dim).eval()
+    with torch.no_grad():
+        images = torch.randn(3, 3, 128, 96)  # a grid of 4 x 3
+        encoder.resnet[-1][1].weight.fill_(1e8)  # random layers leave almost nothing of a picture
+        pooled, grid = encoder(images), encoder.grid(images)
+    captions, lengths = torch.randint(1, 6, (3, 7)), torch.tensor([[4], [7], [5]])
+    gradients = []
+    for features, pooling in ((pooled, None), (grid, encoder.pooling(grid))):
+        scores, *_, alphas, _ = output = decoder(features, captions, lengths, pooling=pooling)
+        decoder.zero_grad()
+        (scores.logsumexp(dim=2).sum() + doubly_stochastic(alphas).sum()).backward()
+        gradients.append([output[0], alphas, *(each.grad for each in decoder.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    found = [decoder.beam_search(features, WORDS, 2, max_len=5, pooling=pooling)
+             for features, pooling in ((pooled, None), (grid, encoder.pooling(grid)))]
+    for one, other in zip(*found, strict=True):
+        assert one[0].sequence == other[0].sequence
+        torch.testing.assert_close(one[0].alphas, other[0].alphas)
+    assert encoder.pooling(pooled) is None
+
+
+def test_captions_of_one_picture_need_its_features_once() -> None:
+    decoder, features = random_decoder(0)
+    captions, lengths = torch.randint(1, 6, (6, 7)), torch.tensor([[4], [7], [5], [3], [6], [7]])
+    for one, other in zip(decoder(features, captions, lengths),
+                          decoder(features.repeat_interleave(2, 0), captions, lengths), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_dropout_is_on_the_lstms_output_in_training_alone() -> None:
+    decoder, features = random_decoder(0)
+    captions, lengths = torch.randint(1, 6, (3, 7)), torch.full((3, 1), 7)
+    expected, alphas = (decoder(features, captions, lengths)[i] for i in (0, 3))
+    decoder.train()
+    dropped = decoder(features, captions, lengths)
+    assert not torch.allclose(dropped[0], expected)
+    torch.testing.assert_close(dropped[3], alphas)  # nothing before it changes
+    decoder.dropout.p = 1.0
+    torch.testing.assert_close(decoder(features, captions, lengths)[0], decoder.fc.bias.expand(3, 6, 6))
+
+
+def test_first_weights_are_small() -> None:
+    decoder = DecoderWithAttention(5, 40, 60, 100, 7)
+    for weight in (decoder.embedding.weight, decoder.fc.weight):
+        assert 0.09 < weight.abs().max().item() <= 0.1
+    assert not decoder.fc.bias.any()
+
+
 def test_a_wide_beam_finds_the_best_of_all_captions() -> None:
     """Against every sentence of up to three words that there is, forbidden words left out."""
     decoder, features = random_decoder(1)
@@ -290,6 +389,7 @@ def test_embeddings_are_loaded_and_frozen() -> None:
     decoder, _ = random_decoder(0)
     vectors = torch.randn(6, 4)
     decoder.load_pretrained_embeddings(vectors)
+    assert decoder.embedding.weight.requires_grad
     decoder.fine_tune_embeddings(False)
     assert torch.equal(decoder.embedding.weight, vectors)
     assert not decoder.embedding.weight.requires_grad

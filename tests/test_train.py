@@ -1,7 +1,9 @@
 """Training from the command line's arguments to its files: two stages, exact resumes, several processes."""
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,12 @@ import pytest
 import torch
 from conftest import ENCODER, Prepared
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import train
-from datasets import load_word_map
+from datasets import CaptionDataset, Pictures, load_word_map, normalize
 from models import Encoder
-from utils import InputError
+from utils import InputError, Processes
 
 
 def flags(prepared: Prepared, folder: Path, *more: object) -> list[str]:
@@ -153,23 +156,83 @@ def test_the_order_of_captions_may_be_the_tutorials(prepared: Prepared, tmp_path
     assert load(tmp_path, prepared)["training"]["epoch"] == 1
 
 
-@pytest.mark.parametrize("batch_size", [(20, 10), (30, 15)], ids=["even", "with a stopgap at the end"])
-def test_two_processes_give_the_losses_and_scores_of_one(prepared: Prepared, tmp_path: Path,
-                                                         batch_size: tuple[int, int]) -> None:
-    """One process with the doubled batch, in float32, and no dropout, which is drawn by each process for itself.
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 10), (3, 25)], ids=["even", "with stopgaps at the end"])
+def test_several_processes_give_the_losses_and_scores_of_one(prepared: Prepared, tmp_path: Path, world_size: int,
+                                                             batch_size: int) -> None:
+    """One process with the whole batch, in float32, and no dropout, which is drawn by each process for itself.
 
-    30 captions are 6 pictures: the last batch of the 16 has 4; of 15 to each of two, 3 pictures each.
+    25 captions are 5 pictures, of three processes 15: the last batch of the 16 pictures has one, for the first process.
     """
     options = ["--dropout", 0, "--epochs", 1]
-    alone = run(prepared, tmp_path / "one", *options, "--batch_size", batch_size[0])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__,
-               *flags(prepared, tmp_path / "two", *options, "--batch_size", batch_size[1])]
+    alone = run(prepared, tmp_path / "one", *options, "--batch_size", world_size * batch_size)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}",
+               train.__file__, *flags(prepared, tmp_path / "several", *options, "--batch_size", batch_size)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
-    together = [json.loads(line) for line in (tmp_path / "two" / f"log_{prepared.name}.jsonl").read_text().splitlines()]
-    for one, two in zip(alone, together, strict=True):
+    log = tmp_path / "several" / f"log_{prepared.name}.jsonl"
+    for one, several in zip(alone, map(json.loads, log.read_text().splitlines()), strict=True):
         for name in ("train_loss", "val_loss", "val_top5", "bleu4", "bleu4_teacher_forced"):
-            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+            assert several[name] == pytest.approx(one[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_is_the_plain_arithmetic(prepared: Prepared, tmp_path: Path, stage: int) -> None:
+    """Dropout, both terms of the loss, each gradient cut off, Adam; in stage 1 nothing of it for the encoder."""
+    arguments = flags(prepared, tmp_path, "--alpha_c", 0.7, "--grad_clip", 1e-4, "--dropout", 0.5)
+    args = train.get_parser().parse_args(arguments)
+    data = [CaptionDataset(prepared.folder, prepared.name, split) for split in ("TRAIN", "VAL")]
+    alone = Processes(0, 1, torch.device("cpu"))
+    setting = train.Run(args, alone, "float32", print, load_word_map(prepared.folder, prepared.name), *data, [])
+    learner = train.make_learner(stage, None, setting)
+    encoder, decoder = copy.deepcopy(learner.encoder), copy.deepcopy(learner.decoder)
+    batch = next(iter(DataLoader(Pictures(data[0]), 4)))
+    torch.manual_seed(5)
+    sums = train.train_step(setting, learner, batch, 0.0, True)
+
+    torch.manual_seed(5)
+    pictures, captions, lengths = batch
+    features = encoder(normalize(pictures, alone.device)).repeat_interleave(5, 0)
+    scores, targets, decode_lengths, alphas, _ = decoder.train()(features, captions.flatten(0, 1), lengths.view(-1, 1))
+    real = torch.arange(scores.size(1)) < torch.tensor(decode_lengths).unsqueeze(1)
+    loss = torch.nn.functional.cross_entropy(scores[real], targets[:, 1:][:, :scores.size(1)][real])
+    loss = loss + 0.7 * ((1 - alphas.sum(dim=1)) ** 2).mean()
+    loss.backward()
+    learning = [(decoder, 0.01)] + ([(encoder, 1e-4)] if stage == 2 else [])
+    for model, lr in learning:
+        tuned = [each for each in model.parameters() if each.requires_grad]
+        assert tuned
+        for parameter in tuned:
+            parameter.grad.clamp_(-1e-4, 1e-4)
+        torch.optim.Adam(tuned, lr=lr).step()
+
+    assert train.loss_of(sums.tolist(), 0.7) == pytest.approx(loss.item(), rel=1e-5)
+    for plain, learned in ((decoder, learner.decoder), (encoder, learner.encoder)):
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(learned.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    tuned = [each for each in learner.encoder.parameters() if each.requires_grad]
+    assert bool(tuned) == (stage == 2)  # in stage 1 no gradient is computed for the encoder
+    assert all(each.grad is not None for each in tuned)
+
+
+def test_kept_features_train_as_the_pictures_do(prepared: Prepared, straight: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights after both stages, though in the first the encoder sees each picture once in all."""
+    data = tmp_path / "data"
+    shutil.copytree(prepared.folder, data)
+    run(prepared, tmp_path / "kept", "--data_folder", data, "--cache_features")
+    kept, plain = load(tmp_path / "kept", prepared), load(straight, prepared)
+    for name in ("train_loss", "val_loss", "bleu4"):
+        assert [row[name] for row in kept["training"]["log"]] == pytest.approx(
+            [row[name] for row in plain["training"]["log"]], rel=1e-4), name
+    assert [path.name.split("_")[0] for path in sorted(data.glob("*FEATURES*"))] == ["TRAIN", "VAL"]
+
+    encoded: list[int] = []
+    grid = Encoder.grid
+    monkeypatch.setattr(Encoder, "grid", lambda self, images: encoded.append(len(images)) or grid(self, images))
+    run(prepared, tmp_path / "again", "--data_folder", data, "--cache_features", "--stage", 1)
+    assert encoded == [1, 1]  # one of each split, for the shape
+    run(prepared, tmp_path / "other", "--data_folder", data, "--cache_features", "--stage", 1, "--seed", 1)
+    assert sum(encoded) == 2 + 1 + 16 + 1 + 6  # another encoder, and other files
 
 
 def test_a_stage_ends_when_patience_is_spent_and_says_so(prepared: Prepared, tmp_path: Path,
