@@ -448,8 +448,9 @@ def doubly_stochastic(alphas: Tensor) -> Tensor:
 def build_models(checkpoint: dict[str, Any]) -> tuple[Encoder, DecoderWithAttention]:
     """Encoder and decoder as a checkpoint describes and holds them, for captioning (in eval mode)."""
     arguments = dict(checkpoint["model"])
-    encoder = Encoder(arguments.pop("encoded_image_size"), arguments.pop("encoder"))
-    decoder = DecoderWithAttention(**arguments)
-    encoder.load_state_dict(checkpoint["encoder"])
-    decoder.load_state_dict(checkpoint["decoder"])
-    return encoder, decoder.eval()
+    with torch.device("meta"):  # shapes alone: first weights, which are replaced at once, would take a second to draw
+        encoder = Encoder(arguments.pop("encoded_image_size"), arguments.pop("encoder"))
+        decoder = DecoderWithAttention(**arguments)
+    encoder.load_state_dict(checkpoint["encoder"], assign=True)
+    decoder.load_state_dict(checkpoint["decoder"], assign=True)
+    return encoder.to(memory_format=torch.channels_last), decoder.eval()

@@ -168,7 +168,7 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None) ->
                 if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
                     raise zipfile.BadZipFile("it is compressed, as PyTorch's files never are")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads what is used
         except Exception:  # not one of ours: the original tutorial's, or no checkpoint
             state = _load_pickled_modules(path)
     except Exception as error:  # a damaged file can fail in any way
@@ -298,7 +298,7 @@ def _to_tensor(value: _Inert, storages: dict[str, bytearray]) -> Tensor:
     tensor = numbers.as_strided(size, stride, offset)  # refuses what lies outside the storage
     if tensor.numel() > len(numbers):
         raise pickle.UnpicklingError(f"a tensor of shape {tuple(tensor.shape)} is larger than its storage")
-    return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # row by row, as PyTorch would have made it
 
 
 # ---- training aids ---------------------------------------------------------------------------------------------------
