@@ -1,0 +1,186 @@
+"""This project's side of each work: all that the benchmark knows of the scripts' insides is here.
+
+The functions are named as those of baseline.py. Each starts from the same weights and data.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+import train
+from benchmarks.setting import BEAM_SIZE, CAPTIONS_PER_IMAGE, NAME, Setting, now, peak_bytes, rate, to_float64
+from create_input_files import create_input_files
+from datasets import CaptionDataset, EpochSampler, Pictures, keep_features, load_word_map
+from eval import generate_captions
+from models import Hypothesis
+from utils import setup_processes
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+SEARCH_BATCH = 128  # pictures that evaluation searches at once
+
+
+def make_run(setting: Setting, precision: str, **arguments: object) -> train.Run:
+    """What train.py has before its first stage. Batches are of whole pictures with all their captions."""
+    flags = {"data_folder": setting.data, "data_name": NAME, "output_folder": setting.folder / "ours",
+             "encoder": setting.encoder, "encoder_weights": "none", "emb_dim": setting.width,
+             "attention_dim": setting.width, "decoder_dim": setting.width, **arguments}
+    args = train.get_parser().parse_args([*(f"--{name}={value}" for name, value in flags.items()), "--whole_images"])
+    processes, precision = setup_processes(setting.device, precision)
+    dataset = CaptionDataset(setting.data, NAME, "TRAIN")
+    return train.Run(args, processes, precision, lambda *_: None, load_word_map(setting.data, NAME), dataset, dataset,
+                     [])
+
+
+def load_learner(setting: Setting, run: train.Run, stage: int, decoder_weights: str = "decoder") -> train.Learner:
+    """Models and optimizers of a stage, with the weights that the baseline has too."""
+    learner = train.make_learner(stage, None, run)
+    weights = torch.load(setting.weights_path, weights_only=True)
+    learner.encoder.load_state_dict(weights["encoder"])
+    learner.decoder.load_state_dict(weights[decoder_weights])
+    learner.decoder.train()
+    return learner
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the scripts' own words and progress bars out of the benchmark's."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+def load_batches(setting: Setting, run: train.Run, learner: train.Learner, stage: int,
+                 features_kept: bool = False) -> DataLoader:
+    """Batches of an epoch, as train.run_stage makes them; the features, if they are kept, are computed first."""
+    if features_kept:
+        keep_features(run.train, learner.encoder, run.processes.device, run.precision, run.args.workers, False)
+    pictures = Pictures(run.train)
+    sampler = EpochSampler(len(pictures), max(1, setting.batch_size[stage - 1] // CAPTIONS_PER_IMAGE), 0)
+    return DataLoader(pictures, batch_sampler=sampler, num_workers=run.args.workers,
+                      pin_memory=run.processes.device.type == "cuda")
+
+
+def steps(setting: Setting, stage: int, features_kept: bool = False) -> Iterator[int]:
+    """Training without end; each step says how many captions it took."""
+    run = make_run(setting, setting.precision)
+    learner = load_learner(setting, run, stage)
+    loader = load_batches(setting, run, learner, stage, features_kept)
+    while True:
+        for batch in loader:
+            train.train_step(run, learner, batch, 0.0, True)
+            yield batch[1].flatten(0, -2).size(0)
+        loader.batch_sampler.epoch += 1
+
+
+def training(setting: Setting, stage: int, features_kept: bool = False) -> float:
+    """Captions a second."""
+    return rate(steps(setting, stage, features_kept), setting.warm_up, setting.our_steps, setting.device)
+
+
+def training_proof(setting: Setting, stage: int, dtype: str = "float32",
+                   features_kept: bool = False) -> dict[str, float]:
+    """Loss, and the norm of each gradient, of a step on the first pictures' captions without dropout.
+
+    With `features_kept` the features come from the disk, kept there in float32.
+    """
+    run = make_run(setting, "float32", dropout=0.0)
+    learner = load_learner(setting, run, stage)
+    if dtype == "float64":
+        learner.encoder.double().resnet.register_forward_pre_hook(to_float64)
+        learner.decoder.double()
+        pooling = learner.encoder.pooling  # makes a matrix of float32 whatever the features are
+        learner.encoder.pooling = lambda grid: pooling(grid).double()
+    if features_kept:
+        keep_features(run.train, learner.encoder, run.processes.device, "float32", 0, False)
+    pictures = Pictures(run.train)
+    items = [pictures[i] for i in range(setting.proof_pictures)]
+    batch = tuple(torch.stack(each) for each in zip(*items, strict=True))
+    totals = train.train_step(run, learner, batch, 0.0, True)
+    gradients = {f"{model}.{name}": each.grad.norm().item() for model, module in
+                 (("encoder", learner.encoder), ("decoder", learner.decoder))
+                 for name, each in module.named_parameters() if each.grad is not None}
+    return {"loss": train.loss_of(totals.tolist(), run.args.alpha_c), **gradients}
+
+
+def memory(setting: Setting, stage: int) -> int:
+    """Bytes at the peak of two training steps: the second has Adam's averages too. For a process of its own."""
+    run = make_run(setting, setting.precision)
+    learner = load_learner(setting, run, stage)
+    batch = next(iter(load_batches(setting, run, learner, stage)))
+    return peak_bytes(lambda: [train.train_step(run, learner, batch, 0.0, True) for _ in range(2)], setting.device)
+
+
+# ---- captions --------------------------------------------------------------------------------------------------------
+
+def search(setting: Setting, precision: str, pictures: int | None = None) -> tuple[list[Hypothesis], float]:
+    """A caption for each of the first pictures (or all) of the test split, and the seconds that took."""
+    run = make_run(setting, precision)
+    learner = load_learner(setting, run, 1, "speaker")
+    dataset = CaptionDataset(setting.data, NAME, "TEST")
+    if pictures is not None:
+        dataset.captions, dataset.n_images = dataset.captions[:CAPTIONS_PER_IMAGE * pictures], pictures
+    began = now(setting.device)
+    with quiet():
+        found = generate_captions(learner.encoder, learner.decoder, dataset, run.word_map, BEAM_SIZE, run.processes,
+                                  run.precision, SEARCH_BATCH, run.args.workers)
+    return found, now(setting.device) - began
+
+
+def evaluation_proof(setting: Setting) -> list[list[int]]:
+    """The captions of the first pictures, from <start> on, in float32."""
+    return [each.sequence for each in search(setting, "float32", setting.proof_pictures)[0]]
+
+
+def evaluation(setting: Setting) -> float:
+    """Pictures of a split a second."""
+    search(setting, setting.precision, 1)
+    found, seconds = search(setting, setting.precision)
+    return len(found) / seconds
+
+
+def save_checkpoint(setting: Setting) -> Path:
+    """BEST_checkpoint_*, as train.py leaves it after a step of stage 2."""
+    run = make_run(setting._replace(device="cpu"), "float32")
+    learner = load_learner(setting, run, 2, "speaker")
+    for optimizer in learner.optimizers.values():
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter)  # Adam gets its averages, and the weights stay
+        optimizer.step()
+    train.save(run, learner, train.stage_state(2, None), improved=True)
+    return train.output_path(run.args, "BEST_checkpoint_")
+
+
+def cold_caption(setting: Setting, checkpoint: Path, picture: Path, *flags: str) -> tuple[float, str]:
+    """Seconds from the command to the caption, and the caption. In the script's own precision, unless flags say."""
+    command = [sys.executable, REPOSITORY / "caption.py", "--img", picture, "--model", checkpoint,
+               "--device", setting.device, "--beam_size", str(BEAM_SIZE), *flags]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return time.perf_counter() - began, done.stdout.strip().removeprefix(f"{picture}: ").removesuffix(" ...")
+
+
+# ---- preparation -----------------------------------------------------------------------------------------------------
+
+def prepare(setting: Setting, folder: Path) -> None:
+    with quiet():
+        name = create_input_files("synthetic", setting.json_path, setting.pictures_folder, CAPTIONS_PER_IMAGE, 0,
+                                  folder, 50, workers=CORES)
+    assert name == NAME
+
+
+def preparation(setting: Setting, folder: Path) -> float:
+    """Pictures a second."""
+    began = time.perf_counter()
+    prepare(setting, folder)
+    return setting.pictures / (time.perf_counter() - began)
