@@ -118,11 +118,11 @@ def ask_both(ask: Ask, function: str, *arguments: Any) -> list[Any]:
 # ---- the works: each proves that both sides compute the same, and then yields a pair of figures for each round -------
 
 def prove_training(ask: Ask, setting: Setting, proofs: dict[str, Any], stage: int, features_kept: bool = False) -> None:
-    for dtype in ("float32", "float64")[:stage]:  # float64 is for the encoder's gradients
+    for dtype in ("float32",) if features_kept else ("float32", "float64"):  # features are kept in float32
         name = f"stage{stage}{'_features_kept' if features_kept else ''}_{dtype}"
         if name not in proofs:
             pair = ask_both(ask, "training_proof", setting, stage, dtype, features_kept)
-            proofs[name] = compare_training(*pair, ("encoder.",) if dtype == "float32" else ())
+            proofs[name] = compare_training(*pair, dtype)
 
 
 def training(setting: Setting, rounds: int, proofs: dict[str, Any], stage: int,

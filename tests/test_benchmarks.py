@@ -40,10 +40,13 @@ def test_the_data_are_like_coco(setting):
 
 
 def test_a_training_step_is_the_same_and_a_wrong_one_is_noticed(setting, monkeypatch):
-    own, theirs = ours.training_proof(setting, 1), baseline.training_proof(setting, 1)
-    for each in (own, ours.training_proof(setting, 1, features_kept=True)):
-        found = compare_training(theirs, each)
+    theirs = baseline.training_proof(setting, 1)
+    for kept in (False, True):
+        found = compare_training(theirs, ours.training_proof(setting, 1, features_kept=kept), "float32")
         assert found["largest_difference"] <= 1e-5 and found["gradients"] >= 18
+    own = ours.training_proof(setting, 1, "float64")
+    found = compare_training(baseline.training_proof(setting, 1, "float64"), own, "float64")
+    assert found["largest_difference"] <= 1e-6
     forward = tutorial.TutorialAttention.forward
 
     def wrong(self, encoder_out, decoder_hidden):
@@ -52,20 +55,23 @@ def test_a_training_step_is_the_same_and_a_wrong_one_is_noticed(setting, monkeyp
 
     monkeypatch.setattr(tutorial.TutorialAttention, "forward", wrong)
     with pytest.raises(ProofError, match="differ by more than 1e-05"):
-        compare_training(baseline.training_proof(setting, 1), own)
+        compare_training(baseline.training_proof(setting, 1, "float64"), own, "float64")
 
 
 def test_fine_tuning_is_the_same(setting):
-    """In float64; in float32 rounding switches some ReLUs of the encoder."""
-    found = compare_training(*(side.training_proof(setting, 2, "float64") for side in (baseline, ours)))
+    found = compare_training(*(side.training_proof(setting, 2, "float64") for side in (baseline, ours)), "float64")
     assert found["largest_difference"] <= 1e-6 and found["gradients"] > 60
 
 
 def test_what_is_no_number_or_missing_is_noticed():
-    with pytest.raises(ProofError, match="differ"):
-        compare_training({"loss": 1.0, "a": 1.0}, {"loss": 1.0, "a": float("nan")})
-    with pytest.raises(ProofError, match="other parameters"):
-        compare_training({"loss": 1.0, "a": 1.0}, {"loss": 1.0, "a": 1.0, "b": 1.0})
+    numbers = {"loss": 1.0, "decoder.a": 1.0, "decoder.b": 1e-3}
+    for dtype in ("float32", "float64"):
+        with pytest.raises(ProofError, match="differ"):
+            compare_training(numbers, numbers | {"decoder.a": float("nan")}, dtype)
+        with pytest.raises(ProofError, match="other parameters"):
+            compare_training(numbers, numbers | {"decoder.c": 1.0}, dtype)
+    with pytest.raises(ProofError, match=r"decoder\.b"):
+        compare_training(numbers, numbers | {"decoder.b": 2e-3}, "float64")
 
 
 def test_captions_are_the_same(setting):
