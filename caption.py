@@ -13,18 +13,19 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
-from skimage.transform import pyramid_expand, resize
 from torch import Tensor
 
 from datasets import encode, read_image, read_word_map, to_rgb, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models
 from utils import InputError, autocast, load_checkpoint, progress, run_script, setup_processes, whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what is taken from a folder
 
@@ -92,6 +93,7 @@ def visualize_att(image_path: str | Path, seq: Sequence[int], alphas: Any, rev_w
     Returns:
         A matplotlib figure, to be saved with `savefig`; no window is opened.
     """
+    from matplotlib.figure import Figure  # these imports are not at the top: a caption alone need not wait for them
     size = 14 * 24
     with Image.open(image_path) as picture:
         picture = to_rgb(picture).resize((size, size), Image.Resampling.LANCZOS)
@@ -110,6 +112,7 @@ def visualize_att(image_path: str | Path, seq: Sequence[int], alphas: Any, rev_w
 
 def enlarge(alpha: np.ndarray, size: int, smooth: bool) -> np.ndarray:
     """Weights (n, n) to (size, size), by a Gaussian pyramid or pixel by pixel."""
+    from skimage.transform import pyramid_expand, resize
     factor = size / alpha.shape[0]
     if smooth:
         return resize(pyramid_expand(alpha, upscale=factor, sigma=factor / 3), (size, size))

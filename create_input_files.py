@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datasets import IMAGE_SIZE, SPECIAL_WORDS, check_pixels, read_image, read_json
@@ -244,20 +246,24 @@ def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture]
         file["image_ids"] = np.array([picture.image_id for picture in pictures], dtype=np.int64)
         images = file.create_dataset("images", (len(pictures), 3, IMAGE_SIZE, IMAGE_SIZE), dtype="uint8")
         # A loader reads but little ahead, and ends at a bad picture or Ctrl-C, where multiprocessing's pool may hang.
-        decoded = DataLoader([picture.path for picture in pictures], batch_size=None, collate_fn=read_or_error,
+        decoded = DataLoader([picture.path for picture in pictures], batch_size=16, collate_fn=read_images,
                              num_workers=workers if pictures else 0)
-        for i, image in enumerate(progress(decoded, split, "picture", total=len(pictures))):
-            if isinstance(image, InputError):
-                raise image
-            images[i] = image
+        done, bar = 0, progress(None, split, "picture", total=len(pictures))
+        for batch in decoded:
+            if isinstance(batch, InputError):
+                raise batch
+            images[done:done + len(batch)] = batch.numpy()
+            done += len(batch)
+            bar.update(len(batch))
+        bar.close()
         if pictures:
             check_pixels(images, f"{split} ({pictures[0].path}, ...)")
 
 
-def read_or_error(path: Path) -> np.ndarray | InputError:
-    """An error raised in a worker would arrive as its whole traceback; returned, it stays one line."""
+def read_images(paths: Sequence[Path]) -> Tensor | InputError:
+    """Pictures (N, 3, 256, 256), uint8; or the error, which raised in a worker would arrive as its whole traceback."""
     try:
-        return read_image(path)
+        return torch.from_numpy(np.stack([read_image(path) for path in paths]))
     except InputError as error:
         return error
 

@@ -19,7 +19,6 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
@@ -49,6 +48,7 @@ def _efficientnet_lite(name: str, weights: str | dict[str, Tensor] | None) -> li
 
 def _torchvision_trunk(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
     """The layers of a torchvision classifier up to its last feature map, without pooling and classifier."""
+    import torchvision  # takes two seconds, for which those who need none of its networks need not wait
     try:
         model = torchvision.models.get_model(name, weights=weights if isinstance(weights, str) else None)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken download fails its checksum

@@ -35,6 +35,13 @@ from benchmarks.data import make_data  # noqa: E402
 from benchmarks.proofs import ProofError, compare_captions, compare_files, compare_training  # noqa: E402
 from benchmarks.setting import Setting  # noqa: E402
 
+COCO = {  # work: what it is on COCO's Karpathy splits, and how many of its units that takes
+    "preparation": ("all files, 24 GB of pixels", 123_287),
+    "stage1_features_kept": ("an epoch of stage 1, 31 GB of features kept", 566_435),
+    "stage1": ("an epoch of stage 1", 566_435),
+    "stage2": ("an epoch of stage 2", 566_435),
+    "evaluation": ("the test split, beam 5", 5_000),
+}
 Ask = Callable[..., Any]  # (side, name of a function of baseline.py and ours.py, its arguments) -> its result
 WORKS = {  # work: unit, and what is counted
     "stage1_features_kept": ("captions/s", "training on a frozen encoder whose features are on disk, with loading"),
@@ -215,17 +222,26 @@ def machine(setting: Setting) -> dict[str, Any]:
             "torch": torch.__version__, "python": platform.python_version(), "commit": commit.stdout.strip() or None}
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
-    """Markdown, aligned so that it reads well as plain text too; under it what was counted."""
-    rows = [["work", "baseline", "ours", "ratio", "unit"]]
-    rows += [[name, *(f"{row[key]:.4g}" for key in ("baseline", "ours", "ratio")), row["unit"]]
-             for name, row in figures.items()]
+def markdown(rows: list[list[str]]) -> str:
+    """A table, the first row its head, aligned so that it reads well as plain text too."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
     lines.insert(1, f"| {' | '.join('-' * width for width in widths)} |")
+    return "\n".join(lines)
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """The figures and what was counted, and what they mean for COCO."""
+    rows = [[name, *(f"{row[key]:.4g}" for key in ("baseline", "ours", "ratio")), row["unit"]]
+            for name, row in figures.items()]
     notes = [f"{name}: {row['counted']}" for name, row in figures.items()]
-    return "\n".join([*lines, "", *notes, "The ratio is ours to the baseline's: of rates higher is better, of memory "
-                      "and cold_caption lower."])
+    hours = [[what, *(f"{count / rate / 3600:.3g}" for rate in (figures[work]["baseline"], figures[work]["ours"],
+                                                                 8 * figures[work]["ours"]))]
+             for work, (what, count) in COCO.items() if work in figures]
+    coco = ["COCO on this machine, in hours, calculated from the rates above; on eight such devices if none waits for "
+            "another:", "", markdown([["COCO", "baseline", "ours", "ours on eight"], *hours])] if hours else []
+    return "\n".join([markdown([["work", "baseline", "ours", "ratio", "unit"], *rows]), "", *notes, "The ratio is ours "
+                      "to the baseline's: of rates higher is better, of memory and cold_caption lower.", "", *coco])
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

@@ -35,7 +35,7 @@ NAME = "shapes_5_cap_per_img_0_min_word_freq"
 # A small model for a small language, and higher learning rates than the defaults, to be done in minutes.
 TRAINING = ["--encoder", "efficientnet_lite0", "--encoded_image_size", "8", "--emb_dim", "64", "--attention_dim", "64",
             "--decoder_dim", "128", "--dropout", "0.2", "--decoder_lr", "2e-3", "--encoder_lr", "1e-4",
-            "--batch_size", "25", "--whole_images"]
+            "--batch_size", "25", "--whole_images", "--cache_features"]
 
 
 def get_parser() -> argparse.ArgumentParser:
