@@ -39,6 +39,7 @@ from utils import (
     broadcast,
     gather,
     load_checkpoint,
+    loader_workers,
     progress,
     run_script,
     setup_processes,
@@ -61,7 +62,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--beam_size", type=int, nargs="+", default=[1, 3, 5], metavar="K", help="one row each (default: 1 3 5)")
     add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
     add("--batch_size", type=int, default=32, metavar="N", help="pictures searched at once (default: 32)")
-    add("--workers", type=int, default=1, metavar="N", help="processes reading pictures (default: 1)")
+    add("--workers", type=int, metavar="N", help="processes reading pictures (default: 1 for a GPU, 0 on a CPU)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
     add("--json", nargs="?", const="-", metavar="FILE", help="scores as JSON, into a file or instead of the table")
@@ -242,7 +243,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     for beam_size in args.beam_size:
         started = time.perf_counter()
         found = generate_captions(encoder, decoder, dataset, word_map, beam_size, processes, precision,
-                                  args.batch_size, args.workers, args.max_len)
+                                  args.batch_size, loader_workers(args.workers, processes.device), args.max_len)
         seconds = time.perf_counter() - started
         if not first:
             continue

@@ -44,6 +44,7 @@ from utils import (
     broadcast_tensors,
     load_checkpoint,
     load_embeddings,
+    loader_workers,
     progress,
     run_script,
     save_checkpoint,
@@ -101,7 +102,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("running").add_argument
     add("--checkpoint", metavar="FILE", help="go on from here")
     add("--checkpoint_minutes", type=float, default=15, metavar="M", help="save within an epoch too (default: 15)")
-    add("--workers", type=int, default=1, metavar="N", help="processes reading pictures (default: 1)")
+    add("--workers", type=int, metavar="N", help="processes reading pictures (default: 1 for a GPU, 0 on a CPU)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
     add("--print_freq", type=int, default=100, metavar="N", help="batches between two looks at the loss (default: 100)")
@@ -134,6 +135,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains, and returns the rows of the log."""
     check_arguments(args)
     processes, precision = setup_processes(args.device, args.precision)
+    args.workers = loader_workers(args.workers, processes.device)
     word_map = load_word_map(args.data_folder, args.data_name)
     train, val = (CaptionDataset(args.data_folder, args.data_name, split) for split in ("TRAIN", "VAL"))
     if not (len(train) and len(val)):
@@ -162,7 +164,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not 1 <= len(values) <= 2 or min(values) < 1:
             raise InputError(f"--{name} takes one number for both stages or two, one for each, 1 or more")
     sizes = ("emb_dim", "attention_dim", "decoder_dim", "encoded_image_size", "print_freq")
-    if min(getattr(args, name) for name in sizes) < 1 or args.workers < 0:
+    if min(getattr(args, name) for name in sizes) < 1 or (args.workers or 0) < 0:
         raise InputError(f"--{', --'.join(sizes)} are 1 or more, --workers 0 or more")
     if not 0 <= args.dropout < 1 or not 0 <= args.scheduled_sampling <= 1:
         raise InputError("--dropout is from 0 to below 1, --scheduled_sampling from 0 to 1")

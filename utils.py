@@ -100,6 +100,11 @@ def setup_processes(device: str | None, precision: str | None) -> tuple[Processe
     return Processes(rank, world_size, chosen), precision
 
 
+def loader_workers(workers: int | None, device: torch.device) -> int:
+    """Processes that read pictures, if the user names no number: on a CPU they would only disturb the arithmetic."""
+    return int(device.type == "cuda") if workers is None else workers
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to keep large blocks for the next layer instead of giving them back to the system each time.
 

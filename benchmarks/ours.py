@@ -22,7 +22,7 @@ from create_input_files import create_input_files
 from datasets import CaptionDataset, EpochSampler, Pictures, keep_features, load_word_map
 from eval import generate_captions
 from models import Hypothesis
-from utils import setup_processes
+from utils import loader_workers, setup_processes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -36,6 +36,7 @@ def make_run(setting: Setting, precision: str, **arguments: object) -> train.Run
              "attention_dim": setting.width, "decoder_dim": setting.width, **arguments}
     args = train.get_parser().parse_args([*(f"--{name}={value}" for name, value in flags.items()), "--whole_images"])
     processes, precision = setup_processes(setting.device, precision)
+    args.workers = loader_workers(args.workers, processes.device)
     dataset = CaptionDataset(setting.data, NAME, "TRAIN")
     return train.Run(args, processes, precision, lambda *_: None, load_word_map(setting.data, NAME), dataset, dataset,
                      [])

@@ -156,44 +156,57 @@ def test_the_order_of_captions_may_be_the_tutorials(prepared: Prepared, tmp_path
     assert load(tmp_path, prepared)["training"]["epoch"] == 1
 
 
-@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 10), (3, 25)], ids=["even", "with stopgaps at the end"])
-def test_several_processes_give_the_losses_and_scores_of_one(prepared: Prepared, tmp_path: Path, world_size: int,
-                                                             batch_size: int) -> None:
-    """One process with the whole batch, in float32, and no dropout, which is drawn by each process for itself.
-
-    25 captions are 5 pictures, of three processes 15: the last batch of the 16 pictures has one, for the first process.
-    """
+def test_two_processes_give_the_losses_and_scores_of_one(prepared: Prepared, tmp_path: Path) -> None:
+    """One process with the doubled batch, in float32, and no dropout, which is drawn by each process for itself."""
     options = ["--dropout", 0, "--epochs", 1]
-    alone = run(prepared, tmp_path / "one", *options, "--batch_size", world_size * batch_size)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}",
-               train.__file__, *flags(prepared, tmp_path / "several", *options, "--batch_size", batch_size)]
+    alone = run(prepared, tmp_path / "one", *options, "--batch_size", 20)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__,
+               *flags(prepared, tmp_path / "two", *options, "--batch_size", 10)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
-    log = tmp_path / "several" / f"log_{prepared.name}.jsonl"
-    for one, several in zip(alone, map(json.loads, log.read_text().splitlines()), strict=True):
+    log = tmp_path / "two" / f"log_{prepared.name}.jsonl"
+    for one, two in zip(alone, map(json.loads, log.read_text().splitlines()), strict=True):
         for name in ("train_loss", "val_loss", "val_top5", "bleu4", "bleu4_teacher_forced"):
-            assert several[name] == pytest.approx(one[name], rel=1e-5), name
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+
+
+def setting_of(prepared: Prepared, folder: Path) -> train.Run:
+    """What train.py has before its first stage."""
+    args = train.get_parser().parse_args(flags(prepared, folder, "--alpha_c", 0.7, "--grad_clip", 1e-3))
+    data = [CaptionDataset(prepared.folder, prepared.name, split) for split in ("TRAIN", "VAL")]
+    processes = Processes(0, 1, torch.device("cpu"))
+    return train.Run(args, processes, "float32", print, load_word_map(prepared.folder, prepared.name), *data, [])
+
+
+def test_a_stopgap_counts_for_nothing(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for which an epoch's last batch has no caption computes one, without effect on loss or gradients."""
+    setting = setting_of(prepared, tmp_path)
+    learner = train.make_learner(1, None, setting)
+    setting = setting._replace(processes=Processes(1, 2, torch.device("cpu")))
+    others = torch.tensor([3.0, 2.0, 1.0, 5.0, 1.0], dtype=torch.float64)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda totals: totals.add_(others))
+    monkeypatch.setattr(train, "sum_gradients", lambda _: None)
+    batch = next(iter(DataLoader(Pictures(setting.train), 1)))
+    assert train.train_step(setting, learner, batch, 0.0, False).tolist() == others.tolist()
+    assert not any(each.grad.any() for each in learner.decoder.parameters())
+    assert not torch.equal(train.train_step(setting, learner, batch, 0.0, True), others)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_is_the_plain_arithmetic(prepared: Prepared, tmp_path: Path, stage: int) -> None:
     """Dropout, both terms of the loss, each gradient cut off, Adam; in stage 1 nothing of it for the encoder."""
-    arguments = flags(prepared, tmp_path, "--alpha_c", 0.7, "--grad_clip", 1e-3, "--dropout", 0.5)
-    args = train.get_parser().parse_args(arguments)
-    data = [CaptionDataset(prepared.folder, prepared.name, split) for split in ("TRAIN", "VAL")]
-    alone = Processes(0, 1, torch.device("cpu"))
-    setting = train.Run(args, alone, "float32", print, load_word_map(prepared.folder, prepared.name), *data, [])
+    setting = setting_of(prepared, tmp_path)
     learner = train.make_learner(stage, None, setting)
     with torch.no_grad():
         learner.encoder.resnet[-1][1].weight.fill_(1e7)  # random layers leave almost nothing of a picture
     encoder, decoder = copy.deepcopy(learner.encoder), copy.deepcopy(learner.decoder)
-    batch = next(iter(DataLoader(Pictures(data[0]), 4)))
+    batch = next(iter(DataLoader(Pictures(setting.train), 4)))
     torch.manual_seed(5)
     sums = train.train_step(setting, learner, batch, 0.0, True)
 
     torch.manual_seed(5)
     pictures, captions, lengths = batch
-    features = encoder(normalize(pictures, alone.device)).repeat_interleave(5, 0)
+    features = encoder(normalize(pictures, setting.processes.device)).repeat_interleave(5, 0)
     scores, targets, decode_lengths, alphas, _ = decoder.train()(features, captions.flatten(0, 1), lengths.view(-1, 1))
     real = torch.arange(scores.size(1)) < torch.tensor(decode_lengths).unsqueeze(1)
     loss = torch.nn.functional.cross_entropy(scores[real], targets[:, 1:][:, :scores.size(1)][real])
@@ -334,7 +347,7 @@ def test_flags_are_the_tutorials_with_its_defaults() -> None:
     values = vars(train.get_parser().parse_args([]))
     expected: dict[str, Any] = {
         "data_name": "coco_5_cap_per_img_5_min_word_freq", "emb_dim": 512, "attention_dim": 512, "decoder_dim": 512,
-        "dropout": 0.5, "workers": 1, "encoder_lr": 1e-4, "decoder_lr": 4e-4, "grad_clip": 5.0, "alpha_c": 1.0,
+        "dropout": 0.5, "encoder_lr": 1e-4, "decoder_lr": 4e-4, "grad_clip": 5.0, "alpha_c": 1.0,
         "print_freq": 100, "checkpoint": None, "encoder": "resnet101", "stage": "both", "output_folder": ".",
         "epochs": [20, 120], "batch_size": [80, 32], "checkpoint_minutes": 15}
     assert {name: values[name] for name in expected} == expected
