@@ -43,7 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "demo" / "output", metavar="DIR",
                         help="where all files go; what is there of an earlier demo is replaced (default: demo/output)")
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="scenes to train on (default: 1000)")
-    parser.add_argument("--epochs", type=int, nargs=2, default=[3, 2], metavar="N", help="by stage (default: 3 2)")
+    parser.add_argument("--epochs", type=int, nargs=2, default=[3, 1], metavar="N", help="by stage (default: 3 1)")
     return parser
 
 
@@ -51,8 +51,8 @@ def call(script: str, *arguments: object) -> None:
     """Runs one of the scripts, and shows the command."""
     command = [script, *map(str, arguments)]
     print(f"\n$ python {' '.join(command)}", flush=True)
-    # On a busy machine, threads that spin while they wait for each other take four times as long.
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    # Waiting threads spin only briefly: on a busy machine the usual long spin takes four times as long.
+    environment = {"GOMP_SPINCOUNT": "3000", **os.environ}
     status = subprocess.run([sys.executable, REPOSITORY / script, *command[1:]], env=environment).returncode
     if status:
         raise InputError(f"{script} ended with status {status}; what it said stands above")
