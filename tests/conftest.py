@@ -1,6 +1,8 @@
 """What several tests share: a tiny data set of drawn shapes, prepared once, and a tiny trained run on it."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 
 import create_input_files
 from demo.shapes import draw_data_set
+from utils import InputError
 
 torch.set_num_threads(1)  # at these sizes threads only wait for each other
 
@@ -29,3 +32,12 @@ def prepared(tmp_path_factory) -> Prepared:
     pictures = folder / "shapes" / "images"
     name = create_input_files.create_input_files("shapes", json_path, pictures, 5, 0, folder / "data", 50, workers=2)
     return Prepared(folder / "data", name, pictures, json_path)
+
+
+@contextmanager
+def refused(*parts: str) -> Iterator[None]:
+    """The error is one line, and each part is in it."""
+    with pytest.raises(InputError) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert [part for part in parts if part not in str(caught.value)] == []

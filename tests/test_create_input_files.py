@@ -5,13 +5,13 @@ import json
 import os
 import random
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+from conftest import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,15 +22,6 @@ from datasets import CaptionDataset, load_word_map
 from utils import InputError
 
 SPLITS = ("TRAIN", "VAL", "TEST")
-
-
-@contextmanager
-def refused(*parts: str):
-    """The error is one line, and each part is in it."""
-    with pytest.raises(InputError) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-    assert [part for part in parts if part not in str(caught.value)] == []
 
 
 def draw(path: Path, pixels: np.ndarray | None = None, seed: int = 0, size: tuple[int, int] = (9, 6)) -> None:

@@ -7,7 +7,6 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODER
+from conftest import ENCODER, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -42,15 +41,6 @@ from utils import InputError, autocast
 BASE = "old_2_cap_per_img_0_min_word_freq"
 CPU = torch.device("cpu")
 WORDS = {"a": 1, "dog": 2, "runs": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}
-
-
-@contextmanager
-def refused(*parts: str):
-    """The error is one line, and each part is in it."""
-    with pytest.raises(InputError) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-    assert [part for part in parts if part not in str(caught.value)] == []
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
