@@ -128,7 +128,7 @@ def words_of(sequence: Sequence[int], word_map: dict[str, int]) -> list[str]:
     return [words[index] for index in sequence if index not in silent]
 
 
-class Features(Dataset):
+class Features:
     """The features of all pictures of a split, (h, w, C) each, in a file that is read through a memory map."""
 
     def __init__(self, path: Path, n_images: int, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -333,9 +333,8 @@ def keep_features(dataset: CaptionDataset, encoder: nn.Module, device: torch.dev
     name = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
     path = dataset.path.with_name(f"{name}_{digest.hexdigest()[:16]}.bin")
     features = Features(path, dataset.n_images, shape, dtype)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        if not path.is_file():
-            _write_features(features, dataset, encoder, device, precision, workers, show)
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not path.is_file():
+        _write_features(features, dataset, encoder, device, precision, workers, show)
     while not path.is_file():
         time.sleep(0.2)
     dataset.features = features

@@ -249,7 +249,8 @@ def main(args: argparse.Namespace) -> str:
     import skimage.transform  # noqa: F401  both are imported by the tutorial before anything else happens
 
     picture, checkpoint_path = args.caption
-    checkpoint = torch.load(checkpoint_path, map_location=args.device, weights_only=False)  # our own file
+    # A pickle of modules can run anything. The tutorial opens it so, and the benchmark gives it one that it just made.
+    checkpoint = torch.load(checkpoint_path, map_location=args.device, weights_only=False)
     encoder, decoder = checkpoint["encoder"].to(args.device).eval(), checkpoint["decoder"].to(args.device).eval()
     word_map = json.loads(Path(args.word_map).read_text())
     words = {index: word for word, index in word_map.items()}
@@ -308,7 +309,8 @@ def prepare(json_path: Path, image_folder: Path, folder: Path, base: str, captio
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--caption", nargs=2, required=True, metavar=("PICTURE", "CHECKPOINT"))
+    parser.add_argument("--caption", nargs=2, required=True, metavar=("PICTURE", "CHECKPOINT"),
+                        help="a checkpoint that run.py made, never a stranger's: it could run anything")
     parser.add_argument("--word_map", required=True, metavar="FILE")
     parser.add_argument("--beam_size", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
