@@ -74,6 +74,13 @@ def normalize(images: Tensor, device: torch.device) -> Tensor:
     return images.sub_(mean).div_(std)
 
 
+def augment(images: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W), half of them mirrored, and of each a random part, 70 to 100 % of it, enlarged again."""
+    from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, RandomResizedCrop  # slow to import
+    change = Compose([RandomHorizontalFlip(), RandomResizedCrop(images.shape[-2:], scale=(0.7, 1), ratio=(0.9, 1.1))])
+    return torch.stack([change(image) for image in images])
+
+
 def check_pixels(images: Sequence[np.ndarray], where: str) -> None:
     """Stops where pictures are nearly black or nearly constant, before days are spent on them.
 

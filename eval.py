@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from nltk.translate.bleu_score import corpus_bleu
+from nltk.translate import bleu_score
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
@@ -120,8 +120,12 @@ def validate(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDa
     return sums.tolist(), forced_bleu(dataset, forced, word_map), generated
 
 
-def measure(scores: PackedSequence, captions: Tensor, decode_lengths: list[int], alphas: Tensor, _: Tensor) -> Tensor:
+def measure(scores: PackedSequence, captions: Tensor, decode_lengths: list[int], alphas: Tensor, _: Tensor,
+            label_smoothing: float = 0.0) -> Tensor:
     """What the decoder's `unroll` is worth, as sums that add up over batches and processes.
+
+    Args:
+        label_smoothing: share of the true word's probability that the target gives to all words alike.
 
     Returns:
         (5,): cross entropy over the words, doubly stochastic term over the captions (both carry gradients), words
@@ -129,7 +133,7 @@ def measure(scores: PackedSequence, captions: Tensor, decode_lengths: list[int],
     """
     predicted = scores.data                                                     # (words, V), no padding
     targets = pack_padded_sequence(captions[:, 1:], decode_lengths, batch_first=True).data  # (words,)
-    cross_entropy = F.cross_entropy(predicted.float(), targets, reduction="sum")
+    cross_entropy = F.cross_entropy(predicted.float(), targets, reduction="sum", label_smoothing=label_smoothing)
     top5 = (predicted.topk(min(5, predicted.size(1)), dim=1).indices == targets.unsqueeze(1)).sum()
     sums = torch.stack([cross_entropy, doubly_stochastic(alphas.float()).sum(), top5.float()])
     return torch.cat([sums, sums.new_tensor([len(targets), len(captions)])])
@@ -142,7 +146,7 @@ def forced_bleu(dataset: CaptionDataset, forced: list[list[list[int]]], word_map
     references = [true[i:i + dataset.cpi] for i in range(0, len(true), dataset.cpi) for _ in range(dataset.cpi)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # nltk's, of a model that has no 4-gram right yet
-        return 100 * float(corpus_bleu(references, [words for picture in forced for words in picture]))
+        return 100 * float(bleu_score.corpus_bleu(references, [words for picture in forced for words in picture]))
 
 
 def interleave(shares: list[list[Any]]) -> list[Any]:
@@ -158,9 +162,17 @@ def bleu(references: Sequence[Sequence[Sequence[str]]], captions: Sequence[Seque
     return [100 * value for value in Bleu(4).compute_score(*_coco(references, captions), verbose=0)[0]]
 
 
+def brevity_penalty(references: Sequence[Sequence[Sequence[str]]], captions: Sequence[Sequence[str]]) -> float:
+    """The factor, 1 or less, by which BLEU punishes captions shorter than people's. The paper's figures are without."""
+    lengths = [len(words) for words in captions]
+    nearest = [bleu_score.closest_ref_length(each, n) for each, n in zip(references, lengths, strict=True)]
+    return float(bleu_score.brevity_penalty(sum(nearest), sum(lengths)))
+
+
 def score(references: Sequence[Sequence[Sequence[str]]], captions: Sequence[Sequence[str]]) -> dict[str, float | None]:
     """The standard scores: BLEU, METEOR and ROUGE-L from 0 to 100, CIDEr from 0 to 10. METEOR is None without Java."""
     scores: dict[str, float | None] = {f"BLEU-{n}": value for n, value in enumerate(bleu(references, captions), 1)}
+    scores["brevity penalty"] = brevity_penalty(references, captions)
     scores["METEOR"] = meteor(references, captions) if shutil.which("java") else None
     pairs = _coco(references, captions)
     scores["ROUGE-L"] = 100 * float(Rouge().compute_score(*pairs)[0])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import time
 import zlib
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from datasets import (
     CaptionDataset,
     EpochSampler,
     Pictures,
+    augment,
     check_pixels,
     encode,
     keep_features,
@@ -55,10 +57,13 @@ from utils import (
 
 PATIENCE = 20                    # a stage ends after so many epochs without a better BLEU-4
 DECAY_EVERY, DECAY = 8, 0.8      # the learning rates shrink after so many, by this factor
+WARM_UP = 100                    # steps in which --schedule cosine brings the learning rates up
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     fromfile_prefix_chars="@")  # python train.py @recipes/tuned.txt
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     # Data
     add = parser.add_argument_group("data").add_argument
     add("--data_folder", default="data", metavar="DIR", help="what create_input_files.py made (default: data)")
@@ -92,11 +97,18 @@ def get_parser() -> argparse.ArgumentParser:
     add("--cache_features", action="store_true",
         help="in stage 1, keep what the encoder makes of each picture beside the data, and never encode it again")
     add("--encoder_lr", type=float, default=1e-4, help="Adam's rate for the encoder (default: 1e-4)")
-    add("--decoder_lr", type=float, default=4e-4, help="Adam's rate for the decoder (default: 4e-4)")
+    add("--decoder_lr", type=float, nargs="+", default=[4e-4], metavar="R",
+        help="Adam's rate for the decoder, by stage (default: 4e-4 in both)")
     add("--grad_clip", type=float, default=5.0, help="each gradient is cut off at plus and minus this (default: 5)")
     add("--alpha_c", type=float, default=1.0, help="weight of the doubly stochastic term (default: 1)")
     add("--scheduled_sampling", type=float, default=0.0, metavar="P",
         help="probability of feeding the model's own word, reached linearly at a stage's last epoch (default: 0)")
+    add("--label_smoothing", type=float, default=0.0, metavar="S",
+        help="share of the true word's probability that the training target gives to all words alike (default: 0)")
+    add("--schedule", choices=("plateau", "cosine"), default="plateau",
+        help="learning rates fall where BLEU-4 stands still, or along half a cosine to 0 over a stage's epochs "
+        "(default: plateau)")
+    add("--augment", action="store_true", help="in stage 2, mirror and crop the pictures at random")
     add("--seed", type=int, default=0, help="for first weights, order of captions and dropout (default: 0)")
     # Running
     add = parser.add_argument_group("running").add_argument
@@ -159,15 +171,15 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuses what cannot work before anything is loaded."""
-    for name in ("epochs", "batch_size"):
+    for name, least in (("epochs", 1), ("batch_size", 1), ("decoder_lr", 0)):
         values = getattr(args, name)
-        if not 1 <= len(values) <= 2 or min(values) < 1:
-            raise InputError(f"--{name} takes one number for both stages or two, one for each, 1 or more")
+        if not 1 <= len(values) <= 2 or not min(values) >= least:
+            raise InputError(f"--{name} takes one number for both stages or two, one for each, {least} or more")
     sizes = ("emb_dim", "attention_dim", "decoder_dim", "encoded_image_size", "print_freq")
     if min(getattr(args, name) for name in sizes) < 1 or (args.workers or 0) < 0:
         raise InputError(f"--{', --'.join(sizes)} are 1 or more, --workers 0 or more")
-    if not 0 <= args.dropout < 1 or not 0 <= args.scheduled_sampling <= 1:
-        raise InputError("--dropout is from 0 to below 1, --scheduled_sampling from 0 to 1")
+    if not (0 <= args.dropout < 1 and 0 <= args.label_smoothing < 1 and 0 <= args.scheduled_sampling <= 1):
+        raise InputError("--dropout and --label_smoothing are from 0 to below 1, --scheduled_sampling from 0 to 1")
     if args.freeze_embeddings and not args.embeddings and not args.checkpoint:
         raise InputError("--freeze_embeddings freezes pretrained embeddings; name their file with --embeddings")
     if args.stage == "2" and not args.checkpoint:
@@ -233,7 +245,7 @@ def read_checkpoint(path: str | Path, run: Run) -> dict[str, Any]:
 def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[str, Any]]:
     """Epochs of training and validation until there is no more progress; returns the rows of the log."""
     args, processes = run.args, run.processes
-    epochs, batch_size = (values[min(stage, len(values)) - 1] for values in (args.epochs, args.batch_size))
+    epochs, batch_size = (of_stage(values, stage) for values in (args.epochs, args.batch_size))
     learner = make_learner(stage, start, run)
     state = stage_state(stage, start)
     for dataset in (run.train, run.val):
@@ -252,7 +264,7 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
 
     while state["epoch"] < epochs and state["epochs_since_improvement"] < PATIENCE:
         sampling = args.scheduled_sampling * state["epoch"] / max(epochs - 1, 1)
-        row = train_epoch(run, learner, loader, sampler, state, sampling)
+        row = train_epoch(run, learner, loader, sampler, state, sampling, epochs)
         row |= validate_epoch(run, learner, batch_size)
         row["seconds"] += row.pop("val_seconds")
         improved = row["bleu4"] > state["best_bleu4"]
@@ -274,6 +286,16 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
     return state["log"]
 
 
+def of_stage(values: list[Any], stage: int) -> Any:
+    """One value for both stages, or the stage's own."""
+    return values[min(stage, len(values)) - 1]
+
+
+def learning_rates(args: argparse.Namespace, stage: int) -> dict[str, float]:
+    """By optimizer, as the flags want them at a stage's beginning."""
+    return {"decoder": of_stage(args.decoder_lr, stage), "encoder": args.encoder_lr}
+
+
 def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
     """Models and optimizers, new ones or those of a checkpoint; the same on every process."""
     args, processes = run.args, run.processes
@@ -287,17 +309,16 @@ def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
     decoder.fine_tune_embeddings(not args.freeze_embeddings)
     encoder, decoder = encoder.to(processes.device), decoder.to(processes.device)
     broadcast_tensors([*encoder.state_dict().values(), *decoder.state_dict().values()], processes)
-    learning: dict[str, tuple[torch.nn.Module, float]] = {"decoder": (decoder, args.decoder_lr)}
-    if stage == 2:
-        learning["encoder"] = (encoder, args.encoder_lr)
+    rates = learning_rates(args, stage)
+    learning: dict[str, torch.nn.Module] = {"decoder": decoder} | ({"encoder": encoder} if stage == 2 else {})
     optimizers: dict[str, torch.optim.Optimizer] = {
-        name: torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=lr, fused=True)
-        for name, (model, lr) in learning.items()}
+        name: torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=rates[name], fused=True)
+        for name, model in learning.items()}
     states = start["training"]["optimizers"] if start and start["training"] else {}
     for name in optimizers.keys() & states.keys():
         optimizers[name].load_state_dict(states[name])  # with its learning rate, unless another was asked for
         if getattr(args, f"{name}_lr") != start["training"]["args"][f"{name}_lr"]:
-            optimizers[name].param_groups[0]["lr"] = getattr(args, f"{name}_lr")
+            optimizers[name].param_groups[0]["lr"] = rates[name]
     return Learner(encoder, decoder, optimizers, arguments)
 
 
@@ -339,7 +360,7 @@ def stage_state(stage: int, start: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSampler, state: dict[str, Any],
-                sampling: float) -> dict[str, Any]:
+                sampling: float, epochs: int) -> dict[str, Any]:
     """One pass over the captions, or what is left of it; returns the first half of the log's row."""
     args, stage, epoch = run.args, state["stage"], state["epoch"]
     sampler.epoch, sampler.first_step = epoch, state["step"]
@@ -353,6 +374,8 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
         waited += time.monotonic() - ready
         # Seeded by its place, a step draws the same dropout whether or not the run was interrupted before it.
         torch.manual_seed(zlib.crc32(repr((args.seed, stage, epoch, step, run.processes.rank)).encode()))
+        if args.schedule == "cosine":
+            set_cosine_rates(learner, learning_rates(args, stage), epoch * sampler.steps + step, epochs * sampler.steps)
         sums += train_step(run, learner, batch, sampling, sampler.counts(step))
         bar.update()
         ready = time.monotonic()
@@ -370,15 +393,25 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
             "seconds": seconds, "decoder_lr": learner.optimizers["decoder"].param_groups[0]["lr"]}
 
 
+def set_cosine_rates(learner: Learner, rates: dict[str, float], step: int, steps: int) -> None:
+    """Learning rates at a step of a stage: up in a line, then down to 0 along half a cosine (arXiv 1608.03983)."""
+    for name, optimizer in learner.optimizers.items():
+        factor = min((step + 1) / WARM_UP, (1 + math.cos(math.pi * step / steps)) / 2)
+        optimizer.param_groups[0]["lr"] = factor * rates[name]
+
+
 def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: float, counts: bool) -> Tensor:
     """One step of gradient descent; returns the batch's sums over all processes, as `measure` orders them."""
     pictures, captions, lengths = batch                                         # captions (N, L) or (N / 5, 5, L)
     device, args = run.processes.device, run.args
+    if args.augment and "encoder" in learner.optimizers:
+        pictures = augment(pictures)
     captions = captions.flatten(0, -2).to(device, non_blocking=True)            # (N, L)
     with autocast(device, run.precision):
         features = encode(learner.encoder, pictures, device)                    # (N or N / 5, h, w, C)
         sums = measure(*learner.decoder.unroll(features, captions, lengths.view(-1, 1), sampling,
-                                               learner.encoder.pooling(features))) * counts
+                                               learner.encoder.pooling(features)),
+                       label_smoothing=args.label_smoothing) * counts
     totals = sums.detach().double()
     if run.processes.world_size > 1:
         dist.all_reduce(totals)

@@ -25,6 +25,7 @@ from datasets import (
     CaptionDataset,
     EpochSampler,
     Pictures,
+    augment,
     check_pixels,
     encode,
     image_loader,
@@ -175,6 +176,20 @@ def test_a_mistake_of_scale_is_measured():
         check_pixels((noise / 255).round().astype(np.uint8), "here")
     with refused("here", "mean 255.00", "spread 0.00"):
         check_pixels(np.full_like(noise, 255), "here")
+
+
+def test_augmented_pictures_are_parts_of_themselves_half_of_them_mirrored():
+    across = torch.arange(64, dtype=torch.uint8).expand(400, 3, 64, 64)         # dark on the left, bright on the right
+    changed = augment(across)
+    assert (changed.shape, changed.dtype) == (across.shape, across.dtype)
+    widths = (changed[:, 0, 32].amax(1) - changed[:, 0, 32].amin(1).int()).abs() + 1.0  # columns that are seen
+    assert 64 * 0.7 * 0.9 - 2 < widths.min() < 60 and widths.max() == 64
+    mirrored = changed[:, 0, 32, 0] > changed[:, 0, 32, -1]
+    assert 150 < int(mirrored.sum()) < 250
+    torch.manual_seed(1)
+    one = augment(across)
+    torch.manual_seed(1)
+    assert torch.equal(one, augment(across)) and not torch.equal(one, changed)
 
 
 # ---- prepared folders ------------------------------------------------------------------------------------------------

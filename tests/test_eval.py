@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import eval as evaluation
 from datasets import CaptionDataset, load_word_map, normalize, words_of
-from eval import bleu, generate_captions, interleave, measure, meteor, score, validate
+from eval import bleu, brevity_penalty, generate_captions, interleave, measure, meteor, score, validate
 from models import DecoderWithAttention, Encoder
 from utils import InputError, Processes, save_checkpoint
 
@@ -92,6 +92,7 @@ def test_bleu_by_hand(caption, expected):
     brevity = min(1, math.exp(1 - 6 / length))
     by_hand = [100 * brevity * math.prod(expected[:n]) ** (1 / n) for n in (1, 2, 3, 4)]
     assert bleu([words("a b c d e f")], words(caption)) == pytest.approx(by_hand, abs=0.02)
+    assert brevity_penalty([words("a b c d e f", "a b c d e f g h i")], words(caption)) == pytest.approx(brevity)
 
 
 SENTENCE = st.lists(st.sampled_from("abc"), min_size=4, max_size=9)
@@ -121,6 +122,7 @@ def test_nothing_and_unknown_words_match_nothing(caption, monkeypatch):
     """The references are those of a folder of the original tutorial, whose unknown words have a stand-in."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = score([words("a <unknown> one"), words("the <unknown>")], words(caption, caption))
+    assert 0 <= found.pop("brevity penalty") <= 1
     assert [found.pop("METEOR"), *found.values()] == [None, *[pytest.approx(0, abs=1e-3)] * 6]
 
 

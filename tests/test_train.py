@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,38 @@ def test_the_order_of_captions_may_be_the_tutorials(prepared: Prepared, tmp_path
     assert load(tmp_path, prepared)["training"]["epoch"] == 1
 
 
+def test_the_tuned_recipe_resumed_is_the_run_left_alone(prepared: Prepared, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates that change with every step, pictures changed at random: all depend on the place in the run alone."""
+    recipe = ["--decoder_lr", 0.01, 0.02, "--schedule", "cosine", "--augment", "--label_smoothing", 0.1]
+    monkeypatch.setattr(train, "WARM_UP", 3)
+    rates, train_step = [], train.train_step
+
+    def step(run: train.Run, learner: train.Learner, *others: Any) -> torch.Tensor:
+        rates.append([each.param_groups[0]["lr"] for each in learner.optimizers.values()])
+        return train_step(run, learner, *others)
+
+    monkeypatch.setattr(train, "train_step", step)
+    run(prepared, tmp_path / "alone", *recipe)
+    factors = [1 / 3, 2 / 3, *((1 + math.cos(math.pi * step / 8)) / 2 for step in range(2, 8))]  # 2 epochs of 4 batches
+    peaks = [0.01] * 8 + [0.02] * 8
+    assert [first for first, *_ in rates] == pytest.approx([a * b for a, b in zip(peaks, factors * 2, strict=True)])
+    assert [second for _, *tuned in rates for second in tuned] == pytest.approx([1e-4 * factor for factor in factors])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 14)
+        with pytest.raises(KeyboardInterrupt):
+            run(prepared, tmp_path / "stopped", "--checkpoint_minutes", 0, *recipe)
+    run(prepared, tmp_path / "stopped", *recipe, "--checkpoint",
+        tmp_path / "stopped" / f"checkpoint_{prepared.name}.pth.tar")
+    assert_same_run(load(tmp_path / "stopped", prepared), load(tmp_path / "alone", prepared))
+
+
+def test_a_recipe_is_a_file_of_flags(tmp_path: Path) -> None:
+    (tmp_path / "recipe.txt").write_text("# why\n--schedule cosine --augment  # both\n\n--epochs 3 4\n")
+    args = train.get_parser().parse_args([f"@{tmp_path / 'recipe.txt'}", "--epochs", "5"])
+    assert (args.schedule, args.augment, args.epochs) == ("cosine", True, [5])
+
+
 def test_two_processes_give_the_losses_and_scores_of_one(prepared: Prepared, tmp_path: Path) -> None:
     """One process with the doubled batch, in float32, and no dropout, which is drawn by each process for itself."""
     options = ["--dropout", 0, "--epochs", 1]
@@ -172,7 +205,8 @@ def test_two_processes_give_the_losses_and_scores_of_one(prepared: Prepared, tmp
 
 def setting_of(prepared: Prepared, folder: Path) -> train.Run:
     """What train.py has before its first stage."""
-    args = train.get_parser().parse_args(flags(prepared, folder, "--alpha_c", 0.7, "--grad_clip", 1e-3))
+    args = train.get_parser().parse_args(flags(prepared, folder, "--alpha_c", 0.7, "--grad_clip", 1e-3,
+                                                   "--label_smoothing", 0.2))
     data = [CaptionDataset(prepared.folder, prepared.name, split) for split in ("TRAIN", "VAL")]
     processes = Processes(0, 1, torch.device("cpu"))
     return train.Run(args, processes, "float32", print, load_word_map(prepared.folder, prepared.name), *data, [])
@@ -209,7 +243,8 @@ def test_a_step_is_the_plain_arithmetic(prepared: Prepared, tmp_path: Path, stag
     features = encoder(normalize(pictures, setting.processes.device)).repeat_interleave(5, 0)
     scores, targets, decode_lengths, alphas, _ = decoder.train()(features, captions.flatten(0, 1), lengths.view(-1, 1))
     real = torch.arange(scores.size(1)) < torch.tensor(decode_lengths).unsqueeze(1)
-    loss = torch.nn.functional.cross_entropy(scores[real], targets[:, 1:][:, :scores.size(1)][real])
+    log_probs, true = scores[real].log_softmax(dim=1), targets[:, 1:][:, :scores.size(1)][real]
+    loss = -(0.8 * log_probs.gather(1, true.unsqueeze(1)) + 0.2 * log_probs.mean(dim=1, keepdim=True)).mean()
     loss = loss + 0.7 * ((1 - alphas.sum(dim=1)) ** 2).mean()
     loss.backward()
     learning = [(decoder, 0.01)] + ([(encoder, 1e-4)] if stage == 2 else [])
@@ -347,7 +382,7 @@ def test_flags_are_the_tutorials_with_its_defaults() -> None:
     values = vars(train.get_parser().parse_args([]))
     expected: dict[str, Any] = {
         "data_name": "coco_5_cap_per_img_5_min_word_freq", "emb_dim": 512, "attention_dim": 512, "decoder_dim": 512,
-        "dropout": 0.5, "encoder_lr": 1e-4, "decoder_lr": 4e-4, "grad_clip": 5.0, "alpha_c": 1.0,
+        "dropout": 0.5, "encoder_lr": 1e-4, "decoder_lr": [4e-4], "grad_clip": 5.0, "alpha_c": 1.0,
         "print_freq": 100, "checkpoint": None, "encoder": "resnet101", "stage": "both", "output_folder": ".",
         "epochs": [20, 120], "batch_size": [80, 32], "checkpoint_minutes": 15}
     assert {name: values[name] for name in expected} == expected
