@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,9 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
                     if Path(file).parent == Path(__file__).parent]
             error = f"a fault of this program, please report it ({reason(error)}; {' '.join(ours)}); --debug shows more"
         sys.exit(printable(f"{parser.prog}: {error}"))
+    finally:
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()  # or the line would stand behind a half-drawn bar
 
 
 def reason(error: Exception) -> str:
@@ -202,7 +206,9 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None) ->
                 if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
                     raise zipfile.BadZipFile("it is compressed, as PyTorch's files never are")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads what is used
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what the file's maker did
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads what is used
         except Exception:  # not one of ours: the original tutorial's, or no checkpoint
             state = _load_pickled_modules(path)
     except Exception as error:  # a damaged file can fail in any way
@@ -274,6 +280,8 @@ class _OldUnpickler(pickle._Unpickler):  # the one written in Python: in the oth
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
+        # A bytearray would be made as long as the file claims, before what should be in it is looked for.
+        self.dispatch = {code: load for code, load in super().dispatch.items() if code != pickle.BYTEARRAY8[0]}
         self.item_sizes: dict[str, int] = {}  # bytes a number, by storage
 
     def find_class(self, module: str, name: str) -> Any:
