@@ -141,7 +141,8 @@ INERT: dict[str, Callable[[Path], Any]] = {
     "a hook": lambda proof: good(decoder=hooked(proof)),
     "a parameter with attributes": lambda proof: good(decoder={"w": parameter_with_hooks(proof)}),
     "one number for a trillion": lambda _: good(decoder={"w": torch.zeros(1).expand(10 ** 6, 10 ** 6)}),
-    "a trillion zeros": lambda _: good(decoder={"w": torch.eye(2).to_sparse().resize_(10 ** 6, 10 ** 6)}),
+    "a trillion zeros": lambda _: good(decoder={"w": torch.sparse_coo_tensor(
+        size=(10 ** 6, 10 ** 6), check_invariants=True)}),
     "a trillion of nothing": lambda _: good(decoder={"w": torch.zeros(10 ** 6, 10 ** 6, device="meta")}),
     "an allowed function, and nonsense": lambda _: good(scores=Reduced(torch._utils._rebuild_tensor_v2, 1, 2, (3,), 4,
                                                                       False, {})),
