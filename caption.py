@@ -22,7 +22,17 @@ from torch import Tensor
 
 from datasets import encode, read_image, read_word_map, to_rgb, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models
-from utils import InputError, autocast, load_checkpoint, progress, run_script, setup_processes, whole_file
+from utils import (
+    InputError,
+    UsageError,
+    autocast,
+    load_checkpoint,
+    printable,
+    progress,
+    run_script,
+    setup_processes,
+    whole_file,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +113,7 @@ def visualize_att(image_path: str | Path, seq: Sequence[int], alphas: Any, rev_w
     for i, (word, alpha) in enumerate(zip(words, np.asarray(alphas), strict=True), 1):
         axes = figure.add_subplot(rows, 5, i)
         axes.imshow(picture)
-        axes.set_title(word, fontsize=14, parse_math=False)  # a word may hold a $
+        axes.set_title(printable(word), fontsize=14, parse_math=False)  # a word may hold a $
         if word != "<start>":
             axes.imshow(enlarge(alpha, size, smooth), alpha=0.8, cmap="Greys_r")
         axes.axis("off")
@@ -151,7 +161,7 @@ def figure_paths(out: str, pictures: Sequence[Path]) -> list[Path]:
     elif len(pictures) == 1 and Path(out).suffix.lower() == ".png":
         paths = [Path(out)]
     else:
-        raise InputError(f"--out {out}: for one picture a .png file, for several a folder")
+        raise UsageError(f"--out {out}: for one picture a .png file, for several a folder")
     if len(set(paths)) < len(paths) or {path.resolve() for path in paths} & {picture.resolve() for picture in pictures}:
         raise InputError(f"--out {out}: figures of pictures with the same name, or the picture itself, would be lost")
     return paths
@@ -160,14 +170,15 @@ def figure_paths(out: str, pictures: Sequence[Path]) -> list[Path]:
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions pictures, prints and returns the results."""
     if min(args.beam_size, args.batch_size, args.max_len, args.n_best) < 1 or args.n_best > args.beam_size:
-        raise InputError("--beam_size, --batch_size, --max_len and --n_best are 1 or more; --n_best <= --beam_size")
+        raise UsageError("--beam_size, --batch_size, --max_len and --n_best are 1 or more; --n_best <= --beam_size")
     if args.json and Path(args.json).suffix.lower() in SUFFIXES:
-        raise InputError(f"--json {args.json}: the results would overwrite a picture; name another file")
+        raise UsageError(f"--json {args.json}: the results would overwrite a picture; name another file")
     pictures = find_pictures(args.img)
     figures = figure_paths(args.out, pictures) if args.out else []
     processes, precision = setup_processes(args.device, args.precision)
-    checkpoint = load_checkpoint(args.model or find_model(), read_word_map(args.word_map) if args.word_map else None)
-    encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint))
+    path = args.model or find_model()
+    checkpoint = load_checkpoint(path, read_word_map(args.word_map) if args.word_map else None)
+    encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint, path))
     word_map = checkpoint["word_map"]
     rev_word_map = {index: word for word, index in word_map.items()}
 
@@ -184,7 +195,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                  "finished": each.finished} for each in hypotheses]})
             if args.json != "-":
                 for found in results[-1]["captions"]:
-                    bar.write(f"{path}: {found['caption']}{'' if found['finished'] else ' ...'}")
+                    bar.write(printable(f"{path}: {found['caption']}{'' if found['finished'] else ' ...'}"))
             if figures:
                 best = hypotheses[0]
                 figure = visualize_att(path, best.sequence, to_grid(best.alphas), rev_word_map, args.smooth)
@@ -192,7 +203,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                     figure.savefig(file, format="png", dpi=80)
     text = json.dumps(results, indent=2, ensure_ascii=False)
     if args.json == "-":
-        print(text)
+        print(printable(text))
     elif args.json:
         with whole_file(args.json) as file:
             file.write(text + "\n")

@@ -35,11 +35,13 @@ from models import DecoderWithAttention, Encoder, Hypothesis, build_models, doub
 from utils import (
     InputError,
     Processes,
+    UsageError,
     autocast,
     broadcast,
     gather,
     load_checkpoint,
     loader_workers,
+    printable,
     progress,
     run_script,
     setup_processes,
@@ -234,8 +236,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
-    if min(args.beam_size) < 1 or args.batch_size < 1 or args.max_len < 1:
-        raise InputError("--beam_size, --batch_size and --max_len are 1 or more")
+    if min(args.beam_size) < 1 or args.batch_size < 1 or args.max_len < 1 or (args.workers or 0) < 0:
+        raise UsageError("--beam_size, --batch_size and --max_len are 1 or more, --workers 0 or more")
+    if (args.out and Path(args.out).is_file()) or (args.json and Path(args.json).is_dir()):
+        raise UsageError(f"--out {args.out} --json {args.json}: --out is a folder, --json a file")
     processes, precision = setup_processes(args.device, args.precision)
     first = processes.rank == 0
     data_words = load_word_map(args.data_folder, args.data_name)
@@ -245,7 +249,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     path = args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar"
     own_words = read_word_map(args.word_map) if args.word_map else data_words
     checkpoint = broadcast(load_checkpoint(path, own_words) if first else None, processes)
-    encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint))
+    encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint, path))
     word_map = checkpoint["word_map"]
     references = dataset.references(data_words)
     if first and not shutil.which("java"):
@@ -266,7 +270,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         sentences = [" ".join(words) for words in captions]
         for warning in (warn_if_collapsed(sentences), warn_if_endless(unfinished, beam_size)):
             if warning:
-                print(warning, file=sys.stderr)
+                print(printable(warning), file=sys.stderr)
         if args.out:
             with whole_file(Path(args.out) / f"captions_{args.split}_beam{beam_size}.json") as file:
                 json.dump([{"image_id": image_id, "caption": caption} for image_id, caption
