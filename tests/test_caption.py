@@ -126,6 +126,20 @@ def test_captions_from_python(model, checkpoint, pictures):
         caption_images(captioner, ["missing.jpg"])
 
 
+def test_the_readmes_five_lines_run(checkpoint, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    shutil.copy(checkpoint, re.search('load\\("([^"]*)"', code)[1])
+    for name in ("photo.jpg", "cat.png"):
+        Image.open(pictures[0]).save(name)
+    exec(code, {})
+    shown = capsys.readouterr().out.splitlines()
+    assert len(code.splitlines()) == 5 and len(shown) == 4
+    for said, shape in zip(shown[::2], shown[1::2], strict=True):
+        *words, log_prob = said.split(" ")
+        assert shape == str((len(words), 3, 3)) and float(log_prob) < 0
+
+
 def test_a_model_of_the_original_tutorial_from_python(model, pictures, tmp_path):
     path = model.save(tmp_path / "model.pth.tar", word_map=None)
     with pytest.raises(InputError, match="--word_map"):
