@@ -105,12 +105,15 @@ def test_n_best_begins_with_the_best(model, pictures, run):
         assert found == sorted(found, key=lambda each: (not each["finished"], -each["log_prob"]))
 
 
-def test_captions_from_python(model, checkpoint, pictures):
+def test_captions_from_python(model, checkpoint, pictures, tmp_path, monkeypatch):
     """As the script's first lines say: files or open pictures in, words, scores and attention out."""
+    monkeypatch.chdir(tmp_path)
     captioner = caption.load(checkpoint, device="cpu")
-    opened = Image.open(pictures[1])
+    frames = [Image.open(path).convert("RGB") for path in pictures[1:]]
+    frames[0].save("two.tif", save_all=True, append_images=frames[1:])
+    opened = Image.open("two.tif")
     found = caption_images(captioner, [str(pictures[0]), opened, pictures[2]], 3, 8, n_best=2, batch_size=2)
-    assert opened.getpixel((0, 0)), "it is still open"
+    opened.seek(1)  # it is still open
     expected = caption_paths(model.encoder, model.decoder, pictures, model.words, 3, 8, 2)
     assert [len(each) for each in found] == [2, 2, 2]
     for captions, hypotheses in zip(found, expected, strict=True):
