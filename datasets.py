@@ -15,6 +15,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,13 @@ DATA_HINT = """Two commands make and use a data set, once its pictures and Karpa
   python train.py"""
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """A picture file to pixels (3, 256, 256), uint8, RGB: the one way into every script.
+def open_image(image: str | Path | Image.Image) -> AbstractContextManager[Image.Image]:
+    """A picture file, opened for a while; or a picture that Pillow opened already, which stays open."""
+    return nullcontext(image) if isinstance(image, Image.Image) else Image.open(image)
+
+
+def read_image(path: str | Path | Image.Image) -> np.ndarray:
+    """A picture file, or a picture, to pixels (3, 256, 256), uint8, RGB: the one way into every script.
 
     Any mode that Pillow reads: turned as its EXIF data say, 16 bits brought to 8, transparent parts on white, of an
     animation the first frame. Resized, without keeping the aspect ratio, by Pillow's bilinear filter.
@@ -46,7 +52,7 @@ def read_image(path: str | Path) -> np.ndarray:
         InputError: the file is no picture, or is damaged.
     """
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             picture = to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
             return np.array(picture).transpose(2, 0, 1)
     except FileNotFoundError as error:

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py                   # eight GPUs, and a batch eight times as large
     python train.py --checkpoint checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar             # go on
 
-Each epoch ends with a validation, a line in log_*.jsonl, the curves as a picture, and a checkpoint.
+Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint.
 """
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from caption import Captioner, caption_images, draw_sheet
 from datasets import (
     PREPROCESSING,
     CaptionDataset,
@@ -287,6 +289,7 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
             for optimizer in learner.optimizers.values():
                 adjust_learning_rate(optimizer, DECAY)
         save(run, learner, state, improved)
+        draw_gaze(run, learner, f"epoch {len(state['log'])}")
         run.say(f"stage {stage}, epoch {state['epoch']} of {epochs}: train loss {row['train_loss']:.3f}, val loss "
                 f"{row['val_loss']:.3f} ({row['val_cross_entropy']:.3f} words, {row['val_doubly_stochastic']:.3f} "
                 f"attention), top-5 {row['val_top5']:.1f} %, BLEU-4 {row['bleu4']:.2f} generated "
@@ -450,12 +453,17 @@ def validate_epoch(run: Run, learner: Learner, batch_size: int) -> dict[str, Any
     began = time.monotonic()
     sums, forced_bleu4, captions = validate(learner.encoder, learner.decoder, run.val, run.word_map, run.processes,
                                             run.precision, max(1, batch_size // run.val.cpi), run.args.workers)
-    for i in (0, len(captions) // 3, 2 * len(captions) // 3):
+    for i in looked_at(run):
         run.say(printable(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})"))
     return {"val_loss": loss_of(sums, run.args.alpha_c), "val_cross_entropy": sums[0] / sums[3],
             "val_doubly_stochastic": sums[1] / sums[4], "val_top5": 100 * sums[2] / sums[3],
             "bleu4": bleu(run.val_references, captions)[3], "bleu4_teacher_forced": forced_bleu4,
             "val_seconds": time.monotonic() - began}
+
+
+def looked_at(run: Run) -> list[int]:
+    """Three validation pictures, the same after every epoch."""
+    return sorted({0, run.val.n_images // 3, 2 * run.val.n_images // 3})
 
 
 def loss_of(sums: list[float], alpha_c: float) -> float:
@@ -505,6 +513,16 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     scores.set_title("BLEU-4 on the validation split")
     with whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=100)
+
+
+def draw_gaze(run: Run, learner: Learner, title: str) -> None:
+    """Where the model looks in three pictures, over the last epoch's, so that one can watch the gaze sharpen."""
+    if run.processes.rank > 0:
+        return
+    pictures = [Image.fromarray(run.val.images[i].transpose(1, 2, 0)) for i in looked_at(run)]
+    found = caption_images(Captioner(learner.encoder, learner.decoder, run.word_map, run.precision), pictures, 1)
+    with whole_file(output_path(run.args, "gaze_", ".png"), "wb") as file:
+        draw_sheet(pictures, [best for best, *_ in found], title).save(file, "PNG")
 
 
 if __name__ == "__main__":
