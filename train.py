@@ -438,6 +438,7 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
                 save(run, learner, {**state, "step": step + 1, "sums": seen, "seconds": seconds})
                 saved = time.monotonic()
             if stopped:
+                first_signal(came, run.processes)  # waits until the first process has saved
                 raise Stopped(stopped)
     if came:
         raise Stopped(came[0])

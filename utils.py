@@ -12,6 +12,7 @@ import pickle
 import shutil
 import signal
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -87,14 +88,18 @@ def in_one_line(error: Exception, args: argparse.Namespace) -> str | None:
 @contextmanager
 def signals_to(handler: Callable[[int], None]) -> Iterator[None]:
     """Within it the first SIGINT or SIGTERM goes to the handler. A second one ends the process at once."""
-    def handle(number: int, _: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, lambda number, _: os._exit(128 + number))
-        handler(number)
+    times: list[float] = []
 
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each in before:
-        signal.signal(each, handle)
+    def handle(number: int, _: FrameType | None) -> None:
+        times.append(time.monotonic())
+        # torchrun passes on to each of its processes what the system may have sent to all of them already.
+        same = "TORCHELASTIC_RUN_ID" in os.environ and times[-1] - times[0] < 1
+        if len(times) == 1:
+            handler(number)
+        elif not same:
+            os._exit(128 + number)
+
+    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
