@@ -520,7 +520,7 @@ def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = Fal
                                                  "world_size": run.processes.world_size}}
     if improved:
         save_checkpoint(output_path(run.args, "BEST_checkpoint_"), checkpoint)
-    if not state["step"]:
+    if state["log"] and not state["step"]:
         with whole_file(output_path(run.args, "log_", ".jsonl")) as file:
             file.writelines(json.dumps(row) + "\n" for row in state["log"])
         draw_curves(state["log"], output_path(run.args, "curves_", ".png"))

@@ -79,7 +79,7 @@ def in_one_line(error: Exception, args: argparse.Namespace) -> str | None:
         return (f"a process that reads pictures died ({text.splitlines()[0]}); often memory ran out: try fewer "
                 "--workers, 0 at the least")
     if isinstance(error, RuntimeError) and "onnection" in text and dist.is_initialized():
-        return f"another process ended, and so does this one ({text.splitlines()[0]})"
+        return "another process ended, and so does this one"
     return None
 
 

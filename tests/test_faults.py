@@ -55,6 +55,7 @@ def server() -> Iterator[Any]:
 
 def script(name: str, arguments: list[str], output: str, *faults: tuple[Any, ...]) -> None:
     """What such a process does: a script from its command line, with its output in a file, and maybe faults."""
+    multiprocessing.set_start_method("fork", force=True)  # for the processes that read pictures
     torch.set_num_threads(1)
     datasets.FEATURES_AT_ONCE = 4
     with open(output, "a") as file:
@@ -402,12 +403,21 @@ def said_by(monkeypatch: pytest.MonkeyPatch, arguments: list[str], name: str = "
     return ended.value.code
 
 
-@pytest.fixture
-def begun(server: Any, folders: list[Path], alone: Path, prepared: Prepared, tmp_path: Path) -> list[str]:
-    """The flags that go on with a run of one epoch, in tmp_path/out."""
-    arguments = flags(prepared, tmp_path / "out", "--data_folder", folders[0] / "data", "--cache_features")
+@pytest.fixture(scope="module")
+def one_epoch(server: Any, folders: list[Path], prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after its first epoch."""
+    folder = tmp_path_factory.mktemp("begun")
+    arguments = flags(prepared, folder / "out", "--data_folder", folders[0] / "data", "--cache_features")
     stop = ("train.train_epoch", 2, signal.SIGTERM)
-    assert finish(start(server, "train", arguments, tmp_path / "output", stop)) == 143
+    assert finish(start(server, "train", arguments, folder / "output", stop)) == 143
+    return folder / "out"
+
+
+@pytest.fixture
+def begun(one_epoch: Path, folders: list[Path], prepared: Prepared, tmp_path: Path) -> list[str]:
+    """The flags that go on with that run, in tmp_path/out."""
+    shutil.copytree(one_epoch, tmp_path / "out")
+    arguments = flags(prepared, tmp_path / "out", "--data_folder", folders[0] / "data", "--cache_features")
     return [*arguments, *go_on(tmp_path / "out", prepared)]
 
 
