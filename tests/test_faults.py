@@ -359,7 +359,7 @@ def test_torchrun_starts_a_killed_process_again_from_the_last_checkpoint(server:
     """The second node's folder holds no checkpoint: the first process's counts."""
     folders = [tmp_path / str(i) for i in range(nodes)]
     arguments = flags(prepared, Path("out"), "--epochs", 1, "--checkpoint_minutes", 0)
-    assert torchrun(server, folders, arguments, "train.train_step", 2, restarts=1) == [0] * nodes
+    assert torchrun(server, folders, arguments, "train.train_step", 2, restarts=3) == [0] * nodes
     [out] = [folder / "out" for folder in folders if (folder / "out").exists()]
     [output] = [folder / "output0" for folder in folders if (folder / "output0").exists()]
     assert "begins at epoch 1, batch 2;" in output.read_text()
