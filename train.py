@@ -241,8 +241,7 @@ def launch() -> str | None:
 def unwritable(folder: Path) -> str | None:
     """Why nothing can be written into the folder. Better now than after the first epoch."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=next(each for each in (folder, *folder.parents) if each.exists())):
             return None
     except OSError as error:
         return f"--output_folder {folder}: nothing can be written there ({error.strerror}); name another"

@@ -169,14 +169,14 @@ def test_many_pictures_that_end_at_different_times_are_searched_as_if_alone() ->
     decoder, _ = random_decoder(5)
     torch.manual_seed(1)
     features = torch.randn(40, 2, 2, 7)
-    together = decoder.beam_search(features, WORDS, 3, max_len=12, n_best=3)
+    together = decoder.beam_search(features, WORDS, 3, max_len=12, forbidden=(), n_best=3)
     assert len({len(best[0].sequence) for best in together}) > 3
     for picture, found in zip(features, together, strict=True):
-        alone = decoder.beam_search(picture.unsqueeze(0), WORDS, 3, max_len=12, n_best=3)[0]
+        alone = decoder.beam_search(picture.unsqueeze(0), WORDS, 3, max_len=12, forbidden=(), n_best=3)[0]
         assert [each.sequence for each in found] == [each.sequence for each in alone]
         for one, other in zip(found, alone, strict=True):
             torch.testing.assert_close(one.alphas, other.alphas)
-    without = decoder.beam_search(features, WORDS, 3, max_len=12, with_alphas=False)
+    without = decoder.beam_search(features, WORDS, 3, max_len=12, forbidden=(), with_alphas=False)
     assert [best[0].sequence for best in without] == [best[0].sequence for best in together]
     assert without[0][0].alphas is None
 

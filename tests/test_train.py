@@ -307,6 +307,7 @@ def test_kept_features_train_as_the_pictures_do(prepared: Prepared, straight: Pa
             [row[name] for row in plain["training"]["log"]], rel=1e-4), name
     assert [path.name.split("_")[0] for path in sorted(data.glob("*FEATURES*"))] == ["TRAIN", "VAL"]
 
+    monkeypatch.setattr(train, "draw_gaze", lambda *_: None)  # which needs three pictures themselves
     encoded: list[int] = []
     grid = Encoder.grid
     monkeypatch.setattr(Encoder, "grid", lambda self, images: encoded.append(len(images)) or grid(self, images))
@@ -363,7 +364,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(prepared: Prepa
     run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
     before = (tmp_path / f"checkpoint_{prepared.name}.pth.tar").read_bytes()
     measure = train.measure
-    monkeypatch.setattr(train, "measure", lambda *output: measure(*output) * torch.nan)
+    monkeypatch.setattr(train, "measure", lambda *output, **options: measure(*output, **options) * torch.nan)
     with pytest.raises(InputError, match="the loss is nan"):
         run(prepared, tmp_path, "--checkpoint", tmp_path / f"checkpoint_{prepared.name}.pth.tar")
     assert (tmp_path / f"checkpoint_{prepared.name}.pth.tar").read_bytes() == before
