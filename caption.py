@@ -1,33 +1,57 @@
 """Captions for any picture, and where the model looked for each word.
 
-    python caption.py --img photo.jpg --out photo_attention.png
-    python caption.py --img holiday/ 'more/*.png' --beam_size 5 --json captions.json
+    python caption.py --img photo.jpg --out photo_attention.png             # or .gif: the gaze moves word by word
+    python caption.py --img holiday/ 'more/*.png' --out gallery.html        # one page; point at a word
+    python caption.py --img holiday/ --beam_size 5 --n_best 3 --json captions.json
 
-The checkpoint alone is enough; without --model, the one BEST_checkpoint_*.pth.tar in this folder is taken.
+The checkpoint alone is enough; without --model, the one BEST_checkpoint_*.pth.tar in this folder is taken. In Python:
+
+    from caption import caption_images, load
+    model = load("BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar")
+    for best, *others in caption_images(model, ["photo.jpg", picture], n_best=3):  # files, or Pillow's pictures
+        print(" ".join(best.words), best.log_prob)
+        print(best.alphas.shape)  # (words, 14, 14): for each word where the model looked
 """
 from __future__ import annotations
 
 import argparse
+import base64
 import glob
+import io
 import json
 import math
-from collections.abc import Sequence
+import string
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 
-from datasets import encode, read_image, read_word_map, to_rgb, words_of
+from datasets import encode, open_image, read_image, read_word_map, to_rgb, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models
-from utils import InputError, autocast, load_checkpoint, progress, run_script, setup_processes, whole_file
+from utils import (
+    InputError,
+    UsageError,
+    autocast,
+    load_checkpoint,
+    printable,
+    progress,
+    run_script,
+    setup_processes,
+    whole_file,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what is taken from a folder
+PAGES = {".html", ".htm"}
+TEMPLATE = Path(__file__).parent / "templates" / "page.html"  # in a file, where an editor knows it for what it is
+DARK = 0.2  # of a pixel's brightness, where the model does not look at all
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -41,12 +65,63 @@ def get_parser() -> argparse.ArgumentParser:
     add("--n_best", type=int, default=1, metavar="N", help="captions for each picture (default: 1)")
     add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
     add("--dont_smooth", dest="smooth", action="store_false", help="show the attention's pixels as they are")
-    add("--out", metavar="PATH", help="attention pictures: a .png for one picture, else a folder for all")
+    add("--out", metavar="PATH",
+        help="where the model looked: an .html page, or a folder for .png files; for one picture a .png or .gif file")
     add("--json", nargs="?", const="-", metavar="FILE", help="all results, into a file or instead of the lines")
     add("--batch_size", type=int, default=16, metavar="N", help="pictures at once (default: 16)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
     return parser
+
+
+class Captioner(NamedTuple):
+    """A model that captions: what `load` returns."""
+
+    encoder: Encoder
+    decoder: DecoderWithAttention
+    word_map: dict[str, int]
+    precision: str
+
+
+class Caption(NamedTuple):
+    """What the model says of a picture."""
+
+    words: list[str]
+    alphas: np.ndarray      # (len(words), n, n) float32: for each word where the model looked, weights that sum to 1
+    log_prob: float         # of the whole sentence, its end included
+    finished: bool          # False: max_len words, and no end
+
+
+def load(model: str | Path, word_map: str | Path | None = None, device: str | None = None,
+         precision: str | None = None) -> Captioner:
+    """A checkpoint, ready to caption; arguments as the flags of the same names.
+
+    Raises:
+        InputError: no such file, no checkpoint that can be read safely, or no such device.
+    """
+    processes, precision = setup_processes(device, precision)
+    checkpoint = load_checkpoint(model, read_word_map(word_map) if word_map else None)
+    encoder, decoder = (each.to(processes.device) for each in build_models(checkpoint, model))
+    return Captioner(encoder, decoder, checkpoint["word_map"], precision)
+
+
+def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image], beam_size: int = 5,
+                   max_len: int = 51, n_best: int = 1, batch_size: int = 16) -> list[list[Caption]]:
+    """For each picture, a file or one that Pillow opened, its n best captions, the best first.
+
+    Raises:
+        InputError: a picture cannot be read.
+    """
+    return [[to_caption(each, model.word_map) for each in hypotheses]
+            for i in range(0, len(images), batch_size)
+            for hypotheses in caption_paths(model.encoder, model.decoder, images[i:i + batch_size], model.word_map,
+                                            beam_size, max_len, n_best, model.precision)]
+
+
+def to_caption(hypothesis: Hypothesis, word_map: dict[str, int]) -> Caption:
+    words = words_of(hypothesis.sequence, word_map)
+    alphas = to_grid(hypothesis.alphas)[1:1 + len(words)].numpy()  # the first is of <start>
+    return Caption(words, alphas, hypothesis.log_prob, hypothesis.finished)
 
 
 def caption_image_beam_search(encoder: Encoder, decoder: DecoderWithAttention, image_path: str | Path,
@@ -61,10 +136,10 @@ def caption_image_beam_search(encoder: Encoder, decoder: DecoderWithAttention, i
 
 
 @torch.inference_mode()
-def caption_paths(encoder: Encoder, decoder: DecoderWithAttention, paths: Sequence[str | Path],
+def caption_paths(encoder: Encoder, decoder: DecoderWithAttention, paths: Sequence[str | Path | Image.Image],
                   word_map: dict[str, int], beam_size: int = 5, max_len: int = 51, n_best: int = 1,
                   precision: str = "float32") -> list[list[Hypothesis]]:
-    """For each picture file its n best captions. Raises InputError where a picture cannot be read."""
+    """For each picture its n best captions, as the search finds them. Raises InputError where one cannot be read."""
     encoder.eval()
     decoder.eval()
     device = decoder.fc.weight.device
@@ -79,6 +154,8 @@ def to_grid(alphas: Tensor) -> Tensor:
     """Weights (len, P) as the square that the pixels form, (len, n, n)."""
     return alphas.unflatten(1, (math.isqrt(alphas.size(1)), -1))
 
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
 
 def visualize_att(image_path: str | Path, seq: Sequence[int], alphas: Any, rev_word_map: dict[int, str],
                   smooth: bool = True) -> Figure:
@@ -95,17 +172,18 @@ def visualize_att(image_path: str | Path, seq: Sequence[int], alphas: Any, rev_w
     """
     from matplotlib.figure import Figure  # these imports are not at the top: a caption alone need not wait for them
     size = 14 * 24
-    with Image.open(image_path) as picture:
-        picture = to_rgb(picture).resize((size, size), Image.Resampling.LANCZOS)
+    picture = fit(image_path, size)
     words = [rev_word_map[index] for index in seq]
     rows = math.ceil(len(words) / 5)
-    figure = Figure(figsize=(15, 3.4 * rows), layout="constrained")
+    height = 3 * min(picture.height / picture.width, 1.5) + 0.4  # of a row, in inches; a panel is 3 wide
+    figure = Figure(figsize=(15, height * rows), layout="constrained")
+    whole = (0, picture.width, picture.height, 0)  # the weights are stretched over the picture, as the pixels were
     for i, (word, alpha) in enumerate(zip(words, np.asarray(alphas), strict=True), 1):
         axes = figure.add_subplot(rows, 5, i)
-        axes.imshow(picture)
-        axes.set_title(word, fontsize=14, parse_math=False)  # a word may hold a $
+        axes.imshow(picture, extent=whole)
+        axes.set_title(printable(word), fontsize=14, parse_math=False)  # a word may hold a $
         if word != "<start>":
-            axes.imshow(enlarge(alpha, size, smooth), alpha=0.8, cmap="Greys_r")
+            axes.imshow(enlarge(alpha, size, smooth), alpha=0.8, cmap="Greys_r", extent=whole)
         axes.axis("off")
     return figure
 
@@ -118,6 +196,119 @@ def enlarge(alpha: np.ndarray, size: int, smooth: bool) -> np.ndarray:
         return resize(pyramid_expand(alpha, upscale=factor, sigma=factor / 3), (size, size))
     return resize(alpha, (size, size), order=0)
 
+
+def fit(image: str | Path | Image.Image, size: int) -> Image.Image:
+    """A picture in RGB, upright, its longer side this long."""
+    with open_image(image) as picture:
+        picture = to_rgb(picture)
+        scale = size / max(picture.size)
+        return picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.LANCZOS)
+
+
+def light(alpha: np.ndarray) -> Image.Image:
+    """Weights (n, n) as n x n greys, by which a picture is multiplied: white where the model looks most."""
+    return Image.fromarray((255 * (DARK + (1 - DARK) * alpha / alpha.max())).astype(np.uint8))
+
+
+def panel(picture: Image.Image, words: Sequence[str], now: int = 0, alpha: np.ndarray | None = None,
+          smooth: bool = True) -> Image.Image:
+    """A picture, lit where the model looks, over its caption: the word of now in colour, those to come pale."""
+    from matplotlib import get_data_path
+    if alpha is not None:
+        lights = light(alpha).resize(picture.size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+        picture = ImageChops.multiply(picture, lights.convert("RGB"))
+    size = max(14, max(picture.size) // 20)
+    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)  # has most letters
+    width, margin, line = max(picture.width, 8 * size), size // 2, 3 * size // 2
+    words = ["".join(each if each.isprintable() else "?" for each in word) for word in words]
+    places, x, y = [], margin, picture.height + margin
+    for word in words:
+        if x > margin and x + font.getlength(word) > width - margin:
+            x, y = margin, y + line
+        places.append((x, y))
+        x += font.getlength(f"{word} ")
+    canvas = Image.new("RGB", (width, y + line), "white")
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    pen = ImageDraw.Draw(canvas)
+    for i, (word, place) in enumerate(zip(words, places, strict=True)):
+        pen.text(place, word, "black" if i < now else "#b4441c" if i == now else "#b8b4ae", font)
+    return canvas
+
+
+def write_gif(file: IO[bytes], image: str | Path | Image.Image, caption: Caption, smooth: bool = True) -> None:
+    """The gaze moves word by word: the picture alone, a frame for each word, and the picture with all that was said."""
+    picture, words = fit(image, 400), caption.words
+    looks = [panel(picture, words, i, alpha, smooth) for i, alpha in enumerate(caption.alphas)]
+    first, last = (panel(picture, words, now) for now in (-1, len(words)))
+    first.save(file, "GIF", save_all=True, append_images=[*looks, last], loop=0,
+               duration=[1000, *[700] * len(looks), 2000])  # milliseconds
+
+
+def draw_sheet(images: Sequence[Image.Image], captions: Sequence[Caption], title: str) -> Image.Image:
+    """Small panels of square pictures, a row for each: the picture under the title, then its first 15 words."""
+    rows = [[panel(fit(image, 128), [title]),
+             *(panel(fit(image, 128), [word], 0, alpha)
+               for word, alpha in zip(caption.words[:15], caption.alphas[:15], strict=True))]
+            for image, caption in zip(images, captions, strict=True)]
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
+    for y, row in enumerate(rows):
+        for x, each in enumerate(row):
+            sheet.paste(each, (x * width, y * height))
+    return sheet
+
+
+# ---- a page ----------------------------------------------------------------------------------------------------------
+
+def html_figure(image: str | Path | Image.Image, name: str, captions: Sequence[Caption], note: str = "",
+                references: Sequence[str] = ()) -> str:
+    """A picture of the page, its best caption, the others on demand, and what people wrote."""
+    picture, (best, *others) = fit(image, 512), captions
+    more = written = ""
+    if others:
+        rows = "".join(f"<li>{html_words(each)} <small>{each.log_prob:.2f}</small></li>" for each in others)
+        more = f'<details><summary>{len(others)} more, by log-probability</summary><ol start="2">{rows}</ol></details>'
+    if references:
+        rows = "".join(f"<li>{escape(each)}</li>" for each in references)
+        written = f'<ul class="people" aria-label="people wrote">{rows}</ul>'
+    note = escape(note or f"log-probability {best.log_prob:.2f}")
+    return f"""<figure style="--ratio: {picture.width} / {picture.height}" aria-label="{escape(' '.join(best.words))}">
+<img class="photo" src="{data_uri(picture, "JPEG")}" alt="{escape(name)}">
+<figcaption><p class="caption">{html_words(best)}</p>{more}{written}<small>{escape(name)} &middot; {note}</small>
+</figcaption></figure>"""
+
+
+def html_words(caption: Caption) -> str:
+    """Words as buttons, each followed by the picture of its weights, which the page's style shows and hides."""
+    words = [f'<button type="button" aria-label="{escape(word)}: {whereabouts(alpha)}">{escape(word)}</button>'
+             f'<img class="gaze" src="{data_uri(light(alpha), "PNG")}" alt="">'
+             for word, alpha in zip(caption.words, caption.alphas, strict=True)]
+    return " ".join(words) + ("" if caption.finished else " &hellip;")
+
+
+def whereabouts(alpha: np.ndarray) -> str:
+    """Where the highest weight is, in words."""
+    row, column = (3 * i // n for i, n in zip(np.unravel_index(alpha.argmax(), alpha.shape), alpha.shape, strict=True))
+    return f"looked at the {('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
+
+
+def data_uri(picture: Image.Image, kind: str) -> str:
+    file = io.BytesIO()
+    picture.save(file, kind, quality=80)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def write_page(path: str | Path, title: str, sections: Mapping[str, Sequence[str]], smooth: bool = True) -> None:
+    """One page that needs no other file: sections, by heading ("" for none), of what `html_figure` returns."""
+    body = [line for heading, figures in sections.items()
+            for line in (f"<h2>{escape(heading)}</h2>" if heading else "", "<section>", *figures, "</section>")]
+    page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(title), body="\n".join(body), rendering="auto" if smooth else "pixelated")
+    with whole_file(path, "wb") as file:
+        file.write(page.encode("utf-8", "replace"))  # a file's name may hold what is no letter
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 def find_pictures(patterns: Sequence[str]) -> list[Path]:
     """Files as they are named, pictures of folders, and what patterns match."""
@@ -145,54 +336,65 @@ def find_model() -> Path:
 
 
 def figure_paths(out: str, pictures: Sequence[Path]) -> list[Path]:
-    """Where each picture's figure goes: one file, or a folder of files."""
-    if Path(out).is_dir() or Path(out).suffix.lower() not in SUFFIXES:
+    """Where each picture's figure goes: one file, a page for all, or a folder of files."""
+    suffix = Path(out).suffix.lower()
+    if Path(out).is_dir() or suffix not in SUFFIXES | PAGES:
         paths = [Path(out) / f"{picture.stem}_attention.png" for picture in pictures]
-    elif len(pictures) == 1 and Path(out).suffix.lower() == ".png":
+    elif suffix in PAGES or (len(pictures) == 1 and suffix in {".png", ".gif"}):
         paths = [Path(out)]
     else:
-        raise InputError(f"--out {out}: for one picture a .png file, for several a folder")
-    if len(set(paths)) < len(paths) or {path.resolve() for path in paths} & {picture.resolve() for picture in pictures}:
+        raise UsageError(f"--out {out}: for one picture a .png or .gif file, for several an .html file or a folder")
+    lost = {path.resolve() for path in paths} & {picture.resolve() for picture in pictures}
+    if lost or len(set(paths)) < len(paths):
         raise InputError(f"--out {out}: figures of pictures with the same name, or the picture itself, would be lost")
     return paths
+
+
+def draw(path: Path, figure_path: Path, hypothesis: Hypothesis, word_map: dict[str, int], smooth: bool) -> None:
+    """Where the model looked in a picture, as a .gif or a .png file."""
+    with whole_file(figure_path, "wb") as file:
+        if figure_path.suffix.lower() == ".gif":
+            write_gif(file, path, to_caption(hypothesis, word_map), smooth)
+        else:
+            rev_word_map = {index: word for word, index in word_map.items()}
+            figure = visualize_att(path, hypothesis.sequence, to_grid(hypothesis.alphas), rev_word_map, smooth)
+            figure.savefig(file, format="png", dpi=80)
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions pictures, prints and returns the results."""
     if min(args.beam_size, args.batch_size, args.max_len, args.n_best) < 1 or args.n_best > args.beam_size:
-        raise InputError("--beam_size, --batch_size, --max_len and --n_best are 1 or more; --n_best <= --beam_size")
-    if args.json and Path(args.json).suffix.lower() in SUFFIXES:
-        raise InputError(f"--json {args.json}: the results would overwrite a picture; name another file")
+        raise UsageError("--beam_size, --batch_size, --max_len and --n_best are 1 or more; --n_best <= --beam_size")
+    if args.json and Path(args.json).suffix.lower() in SUFFIXES | PAGES:
+        raise UsageError(f"--json {args.json}: the results would overwrite a picture or a page; name another file")
     pictures = find_pictures(args.img)
     figures = figure_paths(args.out, pictures) if args.out else []
-    processes, precision = setup_processes(args.device, args.precision)
-    checkpoint = load_checkpoint(args.model or find_model(), read_word_map(args.word_map) if args.word_map else None)
-    encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint))
-    word_map = checkpoint["word_map"]
-    rev_word_map = {index: word for word, index in word_map.items()}
+    page = bool(figures) and figures[0].suffix.lower() in PAGES
+    encoder, decoder, word_map, precision = load(args.model or find_model(), args.word_map, args.device, args.precision)
 
-    results = []
+    results, shown = [], []
     first_ones = range(0, len(pictures), args.batch_size)
     bar = progress(first_ones, "captions", "batch", len(first_ones) > 1)
     for i in bar:
         batch = pictures[i:i + args.batch_size]
-        captions = caption_paths(encoder, decoder, batch, word_map, args.beam_size, args.max_len, args.n_best,
-                                 precision)
-        for j, (path, hypotheses) in enumerate(zip(batch, captions, strict=True), i):
+        found = caption_paths(encoder, decoder, batch, word_map, args.beam_size, args.max_len, args.n_best, precision)
+        for j, (path, hypotheses) in enumerate(zip(batch, found, strict=True), i):
+            captions = [to_caption(each, word_map) for each in hypotheses]
             results.append({"image": str(path), "captions": [
-                {"caption": " ".join(words_of(each.sequence, word_map)), "log_prob": each.log_prob,
-                 "finished": each.finished} for each in hypotheses]})
+                {"caption": " ".join(each.words), "log_prob": each.log_prob, "finished": each.finished}
+                for each in captions]})
             if args.json != "-":
-                for found in results[-1]["captions"]:
-                    bar.write(f"{path}: {found['caption']}{'' if found['finished'] else ' ...'}")
-            if figures:
-                best = hypotheses[0]
-                figure = visualize_att(path, best.sequence, to_grid(best.alphas), rev_word_map, args.smooth)
-                with whole_file(figures[j], "wb") as file:
-                    figure.savefig(file, format="png", dpi=80)
+                for each in captions:
+                    bar.write(printable(f"{path}: {' '.join(each.words)}{'' if each.finished else ' ...'}"))
+            if page:
+                shown.append(html_figure(path, path.name, captions))
+            elif figures:
+                draw(path, figures[j], hypotheses[0], word_map, args.smooth)
+    if page:
+        write_page(figures[0], "What the model saw", {"": shown}, args.smooth)
     text = json.dumps(results, indent=2, ensure_ascii=False)
     if args.json == "-":
-        print(text)
+        print(printable(text))
     elif args.json:
         with whole_file(args.json) as file:
             file.write(text + "\n")

@@ -26,8 +26,8 @@ import h5py
 import numpy as np
 from torch.utils.data import DataLoader
 
-from datasets import IMAGE_SIZE, SPECIAL_WORDS, check_pixels, read_image, read_json
-from utils import InputError, progress, run_script
+from datasets import IMAGE_SIZE, check_pixels, read_image, read_json
+from utils import SPECIAL_WORDS, InputError, UsageError, progress, reason, run_script
 
 KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
@@ -151,7 +151,7 @@ def read_captions(data: Any, source: Path, dataset: str, image_folder: Path,
         for index, image in enumerate(data["images"]):
             references = [sentence["tokens"] for sentence in image["sentences"]]
             for tokens in references:
-                if not isinstance(tokens, list):
+                if not isinstance(tokens, list) or not all(isinstance(word, str) for word in tokens):
                     raise TypeError(f"tokens {tokens!r} is no list of words")
                 word_freq.update(tokens)
             captions = [tokens for tokens in references if len(tokens) <= max_len]
@@ -159,14 +159,18 @@ def read_captions(data: Any, source: Path, dataset: str, image_folder: Path,
                 left_out[image["split"]] += 1
             elif captions:
                 name = Path(image["filepath"], image["filename"]) if dataset == "coco" else Path(image["filename"])
-                image_id = int(image.get("cocoid", image.get("imgid", index)))
+                image_id = int(np.int64(image.get("cocoid", image.get("imgid", index))))
                 pictures.append(Picture(image_folder / name, image_id, SPLITS[image["split"]], captions, references))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         hint = " (only --dataset coco has it; for other data say --dataset NAME)" if error.args == ("filepath",) else ""
-        raise InputError(f"{source}: not in Karpathy's layout, {error!r}{hint}. It is a dict with a list `images`, "
-                         "each with filename, split and sentences, each of those with tokens") from error
+        raise InputError(f"{source}: not in Karpathy's layout, {reason(error)}{hint}. It is a dict with a list "
+                         "`images`, each with filename, split and sentences, each of those with tokens") from error
     if left_out:
         print(f"left out, of splits other than {', '.join(SPLITS)}: {dict(left_out)} pictures")
+    [(twice, count)] = Counter((picture.split, picture.image_id) for picture in pictures).most_common(1) or [((), 0)]
+    if count > 1:
+        raise InputError(f"{source}: {count} pictures of {twice[0]} have the id {twice[1]}; number them (cocoid, or "
+                         "imgid) each once")
     if not word_freq or not any(picture.split == "TRAIN" for picture in pictures):
         raise InputError(f"{source}: no picture of the split train has a caption of 1 to {max_len} words")
     if word_freq.keys() & set(SPECIAL_WORDS):
@@ -175,11 +179,17 @@ def read_captions(data: Any, source: Path, dataset: str, image_folder: Path,
 
 
 def check_paths(pictures: Sequence[Picture], image_folder: str | Path) -> None:
+    """All pictures must be there, and in the folder: a stranger's file may name any other that the user may read."""
     missing = [picture.path for picture in pictures if not picture.path.is_file()]
     if missing:
         raise InputError(f"{len(missing)} of {len(pictures)} pictures are missing: "
                          f"{', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}. "
                          f"Looked under {image_folder}; say where they are with --image_folder")
+    folder = Path(image_folder).resolve()
+    for picture in pictures:
+        if not picture.path.resolve().is_relative_to(folder):
+            raise InputError(f"{picture.path} leads to {picture.path.resolve()}, outside {image_folder}; if that is "
+                             "meant, name a folder that holds all pictures with --image_folder")
 
 
 def check_space(folder: Path, n_pictures: int) -> None:
@@ -215,7 +225,7 @@ def is_done(folder: Path, base: str, digest: str, overwrite: bool) -> bool:
                     made_from.add(file.attrs.get("made_from"))
             if made_from == {digest}:
                 return True
-        except OSError:
+        except (OSError, TypeError):
             pass  # damaged: as good as made from something else
     raise InputError(f"{folder} holds files named {base} that are not whole or were made from other pictures, captions "
                      "or settings; replace them with --overwrite, or name another --output_folder")
@@ -297,11 +307,11 @@ def print_summary(pictures: Sequence[Picture], word_freq: Counter[str], word_map
 
 def main(args: argparse.Namespace) -> str:
     if args.captions_per_image < 1 or args.max_len < 1 or args.min_word_freq < 0 or args.workers < 1:
-        raise InputError("--captions_per_image, --max_len and --workers are 1 or more, --min_word_freq 0 or more")
+        raise UsageError("--captions_per_image, --max_len and --workers are 1 or more, --min_word_freq 0 or more")
     if args.captions_csv and args.karpathy_json_path:
-        raise InputError("--captions_csv and --karpathy_json_path cannot be used together")
+        raise UsageError("--captions_csv and --karpathy_json_path cannot be used together")
     if Path(args.dataset).name != args.dataset or (args.captions_csv and args.dataset == "coco"):
-        raise InputError("--dataset is a name, not a path; with --captions_csv choose one of your own")
+        raise UsageError("--dataset is a name, not a path; with --captions_csv choose one of your own")
     source = args.captions_csv or args.karpathy_json_path or f"dataset_{args.dataset}.json"
     if not Path(source).is_file():
         raise InputError(f"{source}: no such file; captions come from --karpathy_json_path FILE (for "

@@ -15,6 +15,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,24 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import InputError, autocast, progress
+from utils import InputError, UsageError, autocast, check_word_map, progress, reason
 
 IMAGE_SIZE = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
 PREPROCESSING = {"image_size": IMAGE_SIZE, "mean": list(MEAN), "std": list(STD)}  # what a checkpoint records
-SPECIAL_WORDS = ("<start>", "<end>", "<pad>", "<unk>")
 FEATURES_AT_ONCE = 32  # pictures encoded between two writes of `keep_features`
 DATA_HINT = """Two commands make and use a data set, once its pictures and Karpathy's dataset_coco.json are here:
   python create_input_files.py --dataset coco --karpathy_json_path dataset_coco.json --image_folder .
   python train.py"""
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """A picture file to pixels (3, 256, 256), uint8, RGB: the one way into every script.
+def open_image(image: str | Path | Image.Image) -> AbstractContextManager[Image.Image]:
+    """A picture file, opened for a while; or a picture that Pillow opened already, which stays open."""
+    return nullcontext(image) if isinstance(image, Image.Image) else Image.open(image)
+
+
+def read_image(path: str | Path | Image.Image) -> np.ndarray:
+    """A picture file, or a picture, to pixels (3, 256, 256), uint8, RGB: the one way into every script.
 
     Any mode that Pillow reads: turned as its EXIF data say, 16 bits brought to 8, transparent parts on white, of an
     animation the first frame. Resized, without keeping the aspect ratio, by Pillow's bilinear filter.
@@ -47,17 +52,20 @@ def read_image(path: str | Path) -> np.ndarray:
         InputError: the file is no picture, or is damaged.
     """
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             picture = to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
             return np.array(picture).transpose(2, 0, 1)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such picture") from error
     except Exception as error:  # a damaged picture can fail in any way
-        raise InputError(f"{path}: this picture cannot be read ({error}); replace it, or leave it out") from error
+        raise InputError(f"{path}: this picture cannot be read ({reason(error)}); replace it, or leave it "
+                         "out") from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """A picture of any mode as RGB, upright."""
+    if picture.format == "EPS":
+        raise ValueError("EPS is a program for PostScript, and is not run")  # Pillow would call Ghostscript
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits a pixel, in Pillow's modes I;16 and I
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
@@ -101,6 +109,8 @@ def load_word_map(data_folder: str | Path, data_name: str) -> dict[str, int]:
     Raises:
         InputError: no prepared data in the folder (the message says how to make them), or a damaged word map.
     """
+    if Path(data_name).name != data_name:
+        raise UsageError(f"--data_name {data_name}: a name, not a path; say where it is with --data_folder")
     path = Path(data_folder) / f"WORDMAP_{data_name}.json"
     if not path.is_file():
         found = sorted(each.name[len("WORDMAP_"):-len(".json")] for each in Path(data_folder).glob("WORDMAP_*.json"))
@@ -110,12 +120,9 @@ def load_word_map(data_folder: str | Path, data_name: str) -> dict[str, int]:
 
 
 def read_word_map(path: str | Path) -> dict[str, int]:
-    """A word map from its file; its indices must be 0 to V - 1, the special words among them."""
+    """A word map from its file."""
     word_map = read_json(path)
-    if not isinstance(word_map, dict) or not set(SPECIAL_WORDS) <= word_map.keys():
-        raise InputError(f"{path}: not a word map, it lacks one of {' '.join(SPECIAL_WORDS)}")
-    if set(word_map.values()) != set(range(len(word_map))):
-        raise InputError(f"{path}: not a word map, its indices are not 0 to {len(word_map) - 1}, each once")
+    check_word_map(word_map, path)
     return word_map
 
 
@@ -124,8 +131,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # with or without Windows' byte order mark
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; make it with create_input_files.py") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON file ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON file ({reason(error)}); get or make it again") from error
 
 
 def words_of(sequence: Sequence[int], word_map: dict[str, int]) -> list[str]:
@@ -153,6 +160,14 @@ class Features:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}  # a worker process maps the file itself
+
+
+def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """What the file itself holds under this name: HDF5 can also point into any other file that the user may read."""
+    own = isinstance(file.get(name, getlink=True), h5py.HardLink) and isinstance(file[name], h5py.Dataset)
+    if not own or file[name].external or file[name].is_virtual:
+        raise ValueError(f"its {name} are not in the file itself")
+    return file[name]
 
 
 class CaptionDataset(Dataset):
@@ -184,24 +199,27 @@ class CaptionDataset(Dataset):
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file; make it with create_input_files.py")
         try:
-            self.captions = np.array(captions, dtype=np.int32)  # (captions, L)
-            self.caplens = np.array(lengths, dtype=np.int32)    # (captions,)
+            self.captions = np.array(captions, dtype=np.int32).reshape(len(captions), -1 if captions else 0)
+            self.caplens = np.array(lengths, dtype=np.int32).reshape(len(lengths))    # (captions,)
             with h5py.File(self.path, "r") as file:
                 self.cpi = int(file.attrs["captions_per_image"])
-                self.n_images, *shape = file["images"].shape
-                pixels = f"{file['images'].dtype} {tuple(shape)}"
-                ids = file["image_ids"][:] if "image_ids" in file else np.arange(self.n_images)
-        except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
-            raise InputError(f"{self.path}, or the captions beside it, cannot be read ({error}); make them again with "
-                             "create_input_files.py --overwrite") from error
-        self.image_ids = ids.tolist()
-        highest = int(self.captions.max(initial=0))
-        if (pixels != f"uint8 {(3, IMAGE_SIZE, IMAGE_SIZE)}" or highest >= n_words
-                or not self.n_images * self.cpi == len(captions) == len(lengths)
+                self.n_images, *shape = (images := own_dataset(file, "images")).shape
+                pixels = f"{images.dtype} {tuple(shape)}"
+                ids = own_dataset(file, "image_ids") if "image_ids" in file else np.arange(len(captions) // self.cpi)
+                fitting_ids = ids.shape == (self.n_images,) and ids.dtype.kind in "iu"
+                self.image_ids = ids[:].tolist() if fitting_ids else []
+        except BlockingIOError as error:
+            raise InputError(f"{self.path}: another program is writing it; try again when it is done") from error
+        except (OSError, KeyError, ValueError, TypeError, ArithmeticError) as error:
+            raise InputError(f"{self.path}, or the captions beside it, cannot be read ({reason(error)}); make them "
+                             "again with create_input_files.py --overwrite") from error
+        lowest, highest = int(self.captions.min(initial=0)), int(self.captions.max(initial=0))
+        if (pixels != f"uint8 {(3, IMAGE_SIZE, IMAGE_SIZE)}" or lowest < 0 or highest >= n_words or not fitting_ids
+                or not self.n_images * self.cpi == len(captions) == len(lengths) or self.caplens.min(initial=2) < 2
                 or np.any((self.captions > 0).sum(-1) != self.caplens)):  # <pad> is 0
             raise InputError(f"{self.path} holds {self.n_images} pictures, {pixels}, {self.cpi} captions each; beside "
-                             f"it are {len(captions)} captions of words up to {highest}, {len(lengths)} lengths and "
-                             f"{n_words} words. They do not belong together; make them again with "
+                             f"it are {len(captions)} captions of words from {lowest} to {highest}, {len(lengths)} "
+                             f"lengths and {n_words} words. They do not belong together; make them again with "
                              "create_input_files.py --overwrite")
         if n_words <= np.iinfo(np.int16).max:
             self.captions = self.captions.astype(np.int16)
@@ -251,9 +269,15 @@ class CaptionDataset(Dataset):
         """
         if self.references_path:
             references = read_json(self.references_path)
-            if len(references) != self.n_images:
-                raise InputError(f"{self.references_path} is of {len(references)} pictures, {self.path} holds "
-                                 f"{self.n_images}; make them again with create_input_files.py --overwrite")
+            try:
+                words = all(type(word) is str for picture in references for caption in picture for word in caption)
+                fitting = words and len(references) == self.n_images and all(references)
+            except TypeError:
+                fitting = False
+            if not fitting:
+                count = len(references) if isinstance(references, list) else "no"
+                raise InputError(f"{self.references_path} is of {count} pictures, or of other than words; {self.path} "
+                                 f"holds {self.n_images}; make them again with create_input_files.py --overwrite")
             return references
         words = {index: word for word, index in word_map.items()} | {word_map["<unk>"]: "<unknown>"}
         silent = {word_map["<start>"], word_map["<end>"], word_map["<pad>"]}

@@ -1,6 +1,7 @@
 """Captions of a whole split, and the table of scores by beam size.
 
     python eval.py --checkpoint BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar --beam_size 1 3 5
+    python eval.py --gallery gallery.html    # the best and the worst captions on a page; point at a word
     torchrun --nproc_per_node=8 eval.py --checkpoint ...
 
 Captions are generated freely, one for each picture, and scored against all that people wrote of it.
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nltk.translate import bleu_score
+from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
@@ -30,22 +32,26 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from caption import PAGES, Captioner, caption_images, html_figure, write_page
 from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
 from utils import (
     InputError,
     Processes,
+    UsageError,
     autocast,
     broadcast,
     gather,
     load_checkpoint,
     loader_workers,
+    printable,
     progress,
     run_script,
     setup_processes,
     whole_file,
 )
 
+SHOWN = 12  # of the gallery's best captions, and of its worst
 COLUMNS = ("beam", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "unfinished", "seconds",
            "images/s")
 
@@ -67,6 +73,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
     add("--json", nargs="?", const="-", metavar="FILE", help="scores as JSON, into a file or instead of the table")
     add("--out", metavar="DIR", help="writes the table (Markdown, JSON) and the captions in COCO's result format")
+    add("--gallery", metavar="FILE", help="an .html page: best and worst captions at the last --beam_size")
     return parser
 
 
@@ -233,9 +240,31 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDataset,
+                  references: Sequence[Sequence[Sequence[str]]], captions: Sequence[Sequence[str]]) -> None:
+    """The captions with the highest and the lowest CIDEr on a page, beside those that people wrote."""
+    cider = Cider().compute_score(*_coco(references, captions))[1]              # (I,)
+    order = sorted(range(len(captions)), key=lambda i: -cider[i])
+    half = min(SHOWN, -(-len(order) // 2))
+    sections = {}
+    for heading, shown in (("Best by CIDEr", order[:half]), ("Worst by CIDEr", order[:half - 1:-1][:half])):
+        pictures = [Image.fromarray(dataset.images[i].transpose(1, 2, 0)) for i in shown]
+        # Captioned again: where the model looked is kept of these alone.
+        found = caption_images(model, pictures, args.beam_size[-1], args.max_len, 1, args.batch_size)
+        sections[heading] = [
+            html_figure(picture, f"picture {dataset.image_ids[i]}", best, f"CIDEr {cider[i]:.2f}",
+                        [" ".join(words) for words in references[i]])
+            for i, picture, best in zip(shown, pictures, found, strict=True)]
+    write_page(args.gallery, f"{args.data_name}, {args.split}, beam {args.beam_size[-1]}", sections)
+
+
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
-    if min(args.beam_size) < 1 or args.batch_size < 1 or args.max_len < 1:
-        raise InputError("--beam_size, --batch_size and --max_len are 1 or more")
+    if min(args.beam_size) < 1 or args.batch_size < 1 or args.max_len < 1 or (args.workers or 0) < 0:
+        raise UsageError("--beam_size, --batch_size and --max_len are 1 or more, --workers 0 or more")
+    if (args.out and Path(args.out).is_file()) or (args.json and Path(args.json).is_dir()):
+        raise UsageError(f"--out {args.out} --json {args.json}: --out is a folder, --json a file")
+    if args.gallery and Path(args.gallery).suffix.lower() not in PAGES:
+        raise UsageError(f"--gallery {args.gallery}: a page is an .html file; name one")
     processes, precision = setup_processes(args.device, args.precision)
     first = processes.rank == 0
     data_words = load_word_map(args.data_folder, args.data_name)
@@ -245,7 +274,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     path = args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar"
     own_words = read_word_map(args.word_map) if args.word_map else data_words
     checkpoint = broadcast(load_checkpoint(path, own_words) if first else None, processes)
-    encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint))
+    encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint, path))
     word_map = checkpoint["word_map"]
     references = dataset.references(data_words)
     if first and not shutil.which("java"):
@@ -266,12 +295,14 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         sentences = [" ".join(words) for words in captions]
         for warning in (warn_if_collapsed(sentences), warn_if_endless(unfinished, beam_size)):
             if warning:
-                print(warning, file=sys.stderr)
+                print(printable(warning), file=sys.stderr)
         if args.out:
             with whole_file(Path(args.out) / f"captions_{args.split}_beam{beam_size}.json") as file:
                 json.dump([{"image_id": image_id, "caption": caption} for image_id, caption
                            in zip(dataset.image_ids, sentences, strict=True)], file)
     if first:
+        if args.gallery:
+            write_gallery(args, Captioner(encoder, decoder, word_map, precision), dataset, references, captions)
         write_table(args, rows)
     return rows
 

@@ -51,6 +51,8 @@ def _torchvision_trunk(name: str, weights: str | dict[str, Tensor] | None) -> li
     """The layers of a torchvision classifier up to its last feature map, without pooling and classifier."""
     import torchvision  # takes two seconds, for which those who need none of its networks need not wait
     try:
+        if name.lower() not in torchvision.models.list_models(torchvision.models):
+            raise ValueError("it is no classifier")  # a detector would fetch weights of its own
         model = torchvision.models.get_model(name, weights=weights if isinstance(weights, str) else None)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken download fails its checksum
         raise OSError(f"the {weights} weights of {name} could not be fetched ({error}). Fetch them on another machine "
@@ -458,12 +460,25 @@ def doubly_stochastic(alphas: Tensor) -> Tensor:
     return ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1)
 
 
-def build_models(checkpoint: dict[str, Any]) -> tuple[Encoder, DecoderWithAttention]:
-    """Encoder and decoder as a checkpoint describes and holds them, for captioning (in eval mode)."""
+def build_models(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[Encoder, DecoderWithAttention]:
+    """Encoder and decoder as a checkpoint describes and holds them, for captioning (in eval mode).
+
+    Raises:
+        OSError: it is of a model that is not there, or its weights do not fit; `path` is named.
+    """
     arguments = dict(checkpoint["model"])
-    with torch.device("meta"):  # shapes alone: first weights, which are replaced at once, would take a second to draw
-        encoder = Encoder(arguments.pop("encoded_image_size"), arguments.pop("encoder"))
-        decoder = DecoderWithAttention(**arguments)
-    encoder.load_state_dict(checkpoint["encoder"], assign=True)
-    decoder.load_state_dict(checkpoint["decoder"], assign=True)
-    return encoder.to(memory_format=torch.channels_last), decoder.eval()
+    try:
+        with torch.device("meta"):  # shapes alone: first weights, replaced at once, would take a second to draw
+            encoder = Encoder(arguments.pop("encoded_image_size"), arguments.pop("encoder"))
+            decoder = DecoderWithAttention(**arguments)
+        if encoder.enc_image_size > 256:
+            raise ValueError(f"a map of {encoder.enc_image_size} pixels is larger than the picture")
+        encoder.load_state_dict(checkpoint["encoder"], assign=True)
+        decoder.load_state_dict(checkpoint["decoder"], assign=True)
+    except ImportError:
+        raise
+    except Exception as error:  # what a file describes can fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"{path}: its weights and the model that it names do not fit ({reason}); get the file again, or "
+                      "name another") from error
+    return encoder.to(torch.float32, memory_format=torch.channels_last), decoder.to(torch.float32).eval()

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py                   # eight GPUs, and a batch eight times as large
     python train.py --checkpoint checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar             # go on
 
-Each epoch ends with a validation, a line in log_*.jsonl, the curves as a picture, and a checkpoint.
+Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint.
 """
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from caption import Captioner, caption_images, draw_sheet
 from datasets import (
     PREPROCESSING,
     CaptionDataset,
@@ -40,6 +42,7 @@ from models import DecoderWithAttention, Encoder, build_models
 from utils import (
     InputError,
     Processes,
+    UsageError,
     adjust_learning_rate,
     autocast,
     broadcast,
@@ -47,7 +50,9 @@ from utils import (
     load_checkpoint,
     load_embeddings,
     loader_workers,
+    printable,
     progress,
+    reason,
     run_script,
     save_checkpoint,
     setup_processes,
@@ -173,17 +178,21 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuses what cannot work before anything is loaded."""
     for name, least in (("epochs", 1), ("batch_size", 1), ("decoder_lr", 0)):
         values = getattr(args, name)
-        if not 1 <= len(values) <= 2 or not min(values) >= least:
-            raise InputError(f"--{name} takes one number for both stages or two, one for each, {least} or more")
+        if not 1 <= len(values) <= 2 or min(values) < least:
+            raise UsageError(f"--{name} takes one number for both stages or two, one for each, {least} or more")
     sizes = ("emb_dim", "attention_dim", "decoder_dim", "encoded_image_size", "print_freq")
     if min(getattr(args, name) for name in sizes) < 1 or (args.workers or 0) < 0:
-        raise InputError(f"--{', --'.join(sizes)} are 1 or more, --workers 0 or more")
+        raise UsageError(f"--{', --'.join(sizes)} are 1 or more, --workers 0 or more")
     if not (0 <= args.dropout < 1 and 0 <= args.label_smoothing < 1 and 0 <= args.scheduled_sampling <= 1):
-        raise InputError("--dropout and --label_smoothing are from 0 to below 1, --scheduled_sampling from 0 to 1")
+        raise UsageError("--dropout and --label_smoothing are from 0 to below 1, --scheduled_sampling from 0 to 1")
+    if not (all(0 < rate < math.inf for rate in (args.encoder_lr, *args.decoder_lr, args.grad_clip))
+            and 0 <= args.alpha_c < math.inf and 0 <= args.checkpoint_minutes and 0 <= args.seed < 2 ** 32):
+        raise UsageError("--encoder_lr, --decoder_lr and --grad_clip are above 0, --alpha_c and --checkpoint_minutes "
+                         "0 or more, --seed from 0 to 4294967295")
     if args.freeze_embeddings and not args.embeddings and not args.checkpoint:
-        raise InputError("--freeze_embeddings freezes pretrained embeddings; name their file with --embeddings")
+        raise UsageError("--freeze_embeddings freezes pretrained embeddings; name their file with --embeddings")
     if args.stage == "2" and not args.checkpoint:
-        raise InputError("--stage 2 fine-tunes what stage 1 trained; name its best checkpoint with --checkpoint")
+        raise UsageError("--stage 2 fine-tunes what stage 1 trained; name its best checkpoint with --checkpoint")
     there = output_path(args, "checkpoint_")
     if there.exists() and not args.checkpoint:
         raise InputError(f"{there} holds a run already: go on with --checkpoint {there}, or name another "
@@ -201,6 +210,11 @@ def first_checkpoint(run: Run) -> dict[str, Any] | None:
     if run.args.checkpoint is None:
         return None
     start = read_checkpoint(run.args.checkpoint, run)
+    model = {**start["model"], "emb_dim": run.args.emb_dim if run.args.embeddings else start["model"].get("embed_dim")}
+    for name in ("encoder", "encoded_image_size", "emb_dim", "attention_dim", "decoder_dim"):
+        if getattr(run.args, name) not in (model.get(name), get_parser().get_default(name)):
+            raise InputError(f"{run.args.checkpoint} holds a model with --{name} {model.get(name)}, and not "
+                             f"{getattr(run.args, name)}; go on with the same, or without the flag")
     if start["training"]:
         if start["training"]["stage"] == 2 and run.args.stage == "1":
             raise InputError(f"{run.args.checkpoint} is in stage 2 already; go on without --stage 1")
@@ -275,6 +289,7 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
             for optimizer in learner.optimizers.values():
                 adjust_learning_rate(optimizer, DECAY)
         save(run, learner, state, improved)
+        draw_gaze(run, learner, f"epoch {len(state['log'])}")
         run.say(f"stage {stage}, epoch {state['epoch']} of {epochs}: train loss {row['train_loss']:.3f}, val loss "
                 f"{row['val_loss']:.3f} ({row['val_cross_entropy']:.3f} words, {row['val_doubly_stochastic']:.3f} "
                 f"attention), top-5 {row['val_top5']:.1f} %, BLEU-4 {row['bleu4']:.2f} generated "
@@ -302,7 +317,7 @@ def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
     torch.manual_seed(args.seed)
     if start:
         arguments = {**start["model"], "dropout": args.dropout}
-        encoder, decoder = build_models({**start, "model": arguments})
+        encoder, decoder = build_models({**start, "model": arguments}, args.checkpoint)
     else:
         encoder, decoder, arguments = new_models(run)
     encoder.fine_tune(stage == 2)
@@ -332,11 +347,13 @@ def new_models(run: Run) -> tuple[Encoder, DecoderWithAttention, dict[str, Any]]
         try:
             weights = dict(torch.load(weights, map_location="cpu", weights_only=True))
         except Exception as error:  # a file that is something else can fail in any way
-            raise InputError(f"--encoder_weights {weights}: not a state dict of a classifier ({error})") from error
+            raise InputError(f"--encoder_weights {weights}: not a state dict of a classifier "
+                             f"({reason(error)})") from error
     try:
         encoder = Encoder(args.encoded_image_size, args.encoder, weights)
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"--encoder {args.encoder} --encoder_weights {args.encoder_weights}: {error}") from error
+        raise InputError(f"--encoder {args.encoder} --encoder_weights {args.encoder_weights}: "
+                         f"{reason(error)}") from error
     embed_dim = args.emb_dim
     if args.embeddings:
         embeddings, found = load_embeddings(args.embeddings, run.word_map)
@@ -436,12 +453,17 @@ def validate_epoch(run: Run, learner: Learner, batch_size: int) -> dict[str, Any
     began = time.monotonic()
     sums, forced_bleu4, captions = validate(learner.encoder, learner.decoder, run.val, run.word_map, run.processes,
                                             run.precision, max(1, batch_size // run.val.cpi), run.args.workers)
-    for i in (0, len(captions) // 3, 2 * len(captions) // 3):
-        run.say(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})")
+    for i in looked_at(run):
+        run.say(printable(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})"))
     return {"val_loss": loss_of(sums, run.args.alpha_c), "val_cross_entropy": sums[0] / sums[3],
             "val_doubly_stochastic": sums[1] / sums[4], "val_top5": 100 * sums[2] / sums[3],
             "bleu4": bleu(run.val_references, captions)[3], "bleu4_teacher_forced": forced_bleu4,
             "val_seconds": time.monotonic() - began}
+
+
+def looked_at(run: Run) -> list[int]:
+    """Three validation pictures, the same after every epoch."""
+    return sorted({0, run.val.n_images // 3, 2 * run.val.n_images // 3})
 
 
 def loss_of(sums: list[float], alpha_c: float) -> float:
@@ -491,6 +513,16 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     scores.set_title("BLEU-4 on the validation split")
     with whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=100)
+
+
+def draw_gaze(run: Run, learner: Learner, title: str) -> None:
+    """Where the model looks in three pictures, over the last epoch's, so that one can watch the gaze sharpen."""
+    if run.processes.rank > 0:
+        return
+    pictures = [Image.fromarray(run.val.images[i].transpose(1, 2, 0)) for i in looked_at(run)]
+    found = caption_images(Captioner(learner.encoder, learner.decoder, run.word_map, run.precision), pictures, 1)
+    with whole_file(output_path(run.args, "gaze_", ".png"), "wb") as file:
+        draw_sheet(pictures, [best for best, *_ in found], title).save(file, "PNG")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import io
 import math
 import os
 import pickle
+import re
 import sys
+import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,24 +24,54 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 CHECKPOINT_FORMAT = 1
+SPECIAL_WORDS = ("<start>", "<end>", "<pad>", "<unk>")
 
 
 class InputError(Exception):
     """Something the user gave cannot be used; the message says what, where, and what to do."""
 
 
+class UsageError(InputError):
+    """Flags that cannot be meant, whatever the files hold."""
+
+
 def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
-    """Runs a script: an expected failure is one line and exit status 1, Ctrl-C exits with 130."""
+    """Runs a script. A failure is one line and exit status 1, a wrong flag one line and 2, Ctrl-C exits with 130."""
+    parser.add_argument("--debug", action="store_true", help="show where in the code a failure arose")
+    parser.error = lambda message: parser.exit(2, printable(f"{parser.prog}: {message} (--help tells the flags)\n"))
     args = parser.parse_args()
+    debug = vars(args).pop("debug")
     try:
         main(args)
         if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
             dist.destroy_process_group()
-    except (InputError, OSError, ImportError) as error:
-        sys.exit(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: stopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, UsageError):
+            parser.error(str(error))
+        if not isinstance(error, (InputError, OSError, ImportError)):
+            ours = [f"{Path(file).name}:{line}" for file, line, *_ in traceback.extract_tb(error.__traceback__)[1:]
+                    if Path(file).parent == Path(__file__).parent]
+            error = f"a fault of this program, please report it ({reason(error)}; {' '.join(ours)}); --debug shows more"
+        sys.exit(printable(f"{parser.prog}: {error}"))
+    finally:
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()  # or the line would stand behind a half-drawn bar
+
+
+def reason(error: Exception) -> str:
+    """An error of another library in one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, and what it cannot show, as escapes; a stranger's file may hold it."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+                  lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 @contextmanager
@@ -173,24 +206,49 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None) ->
                 if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
                     raise zipfile.BadZipFile("it is compressed, as PyTorch's files never are")
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads what is used
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what the file's maker did
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads what is used
         except Exception:  # not one of ours: the original tutorial's, or no checkpoint
             state = _load_pickled_modules(path)
     except Exception as error:  # a damaged file can fail in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{path}: refused, this is no checkpoint that can be read whole and safely ({reason}); "
+        raise InputError(f"{path}: refused, this is no checkpoint that can be read whole and safely ({reason(error)}); "
                          "get the file again, or name another") from error
-    if not isinstance(state, dict) or not {"format", "encoder", "decoder", "word_map", "model"} <= state.keys():
+    if (not isinstance(state, dict) or not {"format", "encoder", "decoder", "word_map", "model"} <= state.keys()
+            or type(state["format"]) is not int):
         raise InputError(f"{path}: not a captioning checkpoint; name one that train.py made with --checkpoint")
     if state["format"] != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: made by a newer version of this project (format {state['format']}); update it")
+    for part in ("encoder", "decoder"):
+        if not isinstance(state[part], dict) or not all(map(_is_whole, state[part].values())):
+            raise InputError(f"{path}: refused, its {part} is not of plain tensors that are whole in the file; get "
+                             "the file again, or name another")
     state["word_map"] = state["word_map"] or word_map
     if not state["word_map"]:
         raise InputError(f"{path}: this checkpoint holds no word map; give it with --word_map WORDMAP_....json")
+    if not isinstance(state["model"], dict) or type(state["model"].get("vocab_size")) is not int:
+        raise InputError(f"{path}: not a captioning checkpoint, it does not tell its model's sizes; name another")
     if len(state["word_map"]) != state["model"]["vocab_size"]:
         raise InputError(f"{path}: the model knows {state['model']['vocab_size']} words, the word map has "
                          f"{len(state['word_map'])}; give the word map that the model was trained with")
+    check_word_map(state["word_map"], path)
     return state
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is an ordinary tensor with all its numbers in memory: one number can pass for a trillion of them."""
+    return (type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu"
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+
+
+def check_word_map(word_map: Any, path: str | Path) -> None:
+    """A word map's indices must be 0 to V - 1, the special words among them."""
+    if not isinstance(word_map, dict) or not set(SPECIAL_WORDS) <= word_map.keys():
+        raise InputError(f"{path}: not a word map, it lacks one of {' '.join(SPECIAL_WORDS)}")
+    if not all(type(word) is str and type(index) is int for word, index in word_map.items()):
+        raise InputError(f"{path}: not a word map, its indices are not 0 to {len(word_map) - 1} for a word each")
+    if set(word_map.values()) != set(range(len(word_map))):
+        raise InputError(f"{path}: not a word map, its indices are not 0 to {len(word_map) - 1}, each once")
 
 
 class _Inert:
@@ -222,6 +280,8 @@ class _OldUnpickler(pickle._Unpickler):  # the one written in Python: in the oth
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
+        # A bytearray would be made as long as the file claims, before what should be in it is looked for.
+        self.dispatch = {code: load for code, load in super().dispatch.items() if code != pickle.BYTEARRAY8[0]}
         self.item_sizes: dict[str, int] = {}  # bytes a number, by storage
 
     def find_class(self, module: str, name: str) -> Any:
@@ -329,6 +389,8 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
                     raise ValueError(f"{len(values)} numbers where the lines before have {size}")
                 if word in word_map:
                     rows[word_map[word]] = [float(value) for value in values]
+                    if not all(map(math.isfinite, rows[word_map[word]])):
+                        raise ValueError(f"a number of {word!r} is not finite")
         if not rows:
             raise ValueError("no word of the vocabulary up to here")
     except (OSError, ValueError) as error:

@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
          "--image_folder", shown / "shapes" / "images", "--min_word_freq", 0, "--output_folder", shown / "data",
          "--overwrite")
     call("train.py", *data, "--output_folder", shown, *TRAINING, "--epochs", *args.epochs)
-    call("eval.py", *data, "--checkpoint", best, "--out", shown)
+    call("eval.py", *data, "--checkpoint", best, "--out", shown, "--gallery", shown / "gallery.html")
     call("caption.py", "--img", shown / "shapes" / "images" / "shapes_test_0001.png", "--model", best,
          "--out", shown / "attention.png")
     found = examine(folder)
@@ -128,7 +128,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
           f"{found['bleu4_blind']:.1f}\nof {found['shape_words']} shapes it named, it looked at that shape "
           f"{found['on_object']:.0f} % of the time; by chance: {found['by_chance']:.0f} %\n"
           f"curves: {shown / f'curves_{NAME}.png'}   where it looked: {shown / 'attention.png'}   "
-          f"all of it took {(time.monotonic() - started) / 60:.1f} minutes")
+          f"all of it took {(time.monotonic() - started) / 60:.1f} minutes\n"
+          f"open in a browser, and point at the words: {shown / 'gallery.html'}")
     return found
 
 

@@ -1,9 +1,11 @@
 """What several tests share: a tiny data set of drawn shapes, prepared once, and a tiny trained run on it."""
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 import create_input_files
 from demo.shapes import draw_data_set
-from utils import InputError
+from utils import InputError, run_script
 
 torch.set_num_threads(1)  # at these sizes threads only wait for each other
 
@@ -41,3 +43,22 @@ def refused(*parts: str) -> Iterator[None]:
         yield
     assert "\n" not in str(caught.value)
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a script as its command would; returns the exit status and what stood on standard error."""
+    def run(script: ModuleType, *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        status: int | str | None = 0
+        try:
+            run_script(script.main, script.get_parser())
+        except SystemExit as stop:
+            status = stop.code
+        shown = capsys.readouterr().err
+        if isinstance(status, str):  # what Python prints, and then ends with 1
+            status, shown = 1, f"{shown}{status}\n"
+        return status, re.sub(r"[^\r\n]*\r", "", shown)  # without bars that were drawn and wiped away
+
+    return run

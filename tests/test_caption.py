@@ -1,7 +1,9 @@
 """Any picture gets its caption and a figure of where the model looked; no input is lost, and mistakes are named."""
 
+import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,15 @@ from skimage.transform import pyramid_expand
 from test_eval import Model
 
 import caption
-from caption import caption_image_beam_search, caption_paths, enlarge, find_pictures, to_grid, visualize_att
+from caption import (
+    caption_image_beam_search,
+    caption_images,
+    caption_paths,
+    enlarge,
+    find_pictures,
+    to_grid,
+    visualize_att,
+)
 from datasets import load_word_map, words_of
 from models import Hypothesis
 from utils import InputError
@@ -93,6 +103,53 @@ def test_n_best_begins_with_the_best(model, pictures, run):
         found = result["captions"]
         assert len({each["caption"] for each in found}) == len(found) == 4 and found[:1] == best["captions"]
         assert found == sorted(found, key=lambda each: (not each["finished"], -each["log_prob"]))
+
+
+def test_captions_from_python(model, checkpoint, pictures, tmp_path, monkeypatch):
+    """As the script's first lines say: files or open pictures in, words, scores and attention out."""
+    monkeypatch.chdir(tmp_path)
+    captioner = caption.load(checkpoint, device="cpu")
+    frames = [Image.open(path).convert("RGB") for path in pictures[1:]]
+    frames[0].save("two.tif", save_all=True, append_images=frames[1:])
+    opened = Image.open("two.tif")
+    found = caption_images(captioner, [str(pictures[0]), opened, pictures[2]], 3, 8, n_best=2, batch_size=2)
+    opened.seek(1)  # it is still open
+    expected = caption_paths(model.encoder, model.decoder, pictures, model.words, 3, 8, 2)
+    assert [len(each) for each in found] == [2, 2, 2]
+    for captions, hypotheses in zip(found, expected, strict=True):
+        for one, other in zip(captions, hypotheses, strict=True):
+            assert (" ".join(one.words), one.finished) == (sentence(other, model), other.finished)
+            assert one.log_prob == pytest.approx(other.log_prob, rel=1e-5)
+            assert (one.alphas.shape, one.alphas.dtype) == ((len(one.words), 3, 3), np.float32)
+            assert np.allclose(one.alphas, to_grid(other.alphas)[1:1 + len(one.words)], atol=1e-5)
+            assert np.allclose(one.alphas.sum((1, 2)), 1)
+    assert {each.finished for captions in found for each in captions} == {True, False}
+    assert caption_images(captioner, []) == []
+    with pytest.raises(InputError, match="no such picture"):
+        caption_images(captioner, ["missing.jpg"])
+
+
+def test_the_readmes_five_lines_run(checkpoint, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    shutil.copy(checkpoint, re.search('load\\("([^"]*)"', code)[1])
+    for name in ("photo.jpg", "cat.png"):
+        Image.open(pictures[0]).save(name)
+    exec(code, {})
+    shown = capsys.readouterr().out.splitlines()
+    assert len(code.splitlines()) == 5 and len(shown) == 4
+    for said, shape in zip(shown[::2], shown[1::2], strict=True):
+        *words, log_prob = said.split(" ")
+        assert shape == str((len(words), 3, 3)) and float(log_prob) < 0
+
+
+def test_a_model_of_the_original_tutorial_from_python(model, pictures, tmp_path):
+    path = model.save(tmp_path / "model.pth.tar", word_map=None)
+    with pytest.raises(InputError, match="--word_map"):
+        caption.load(path)
+    (tmp_path / "words.json").write_text(json.dumps(model.words))
+    captioner = caption.load(path, tmp_path / "words.json", "cpu", "bfloat16")
+    assert (captioner.word_map, captioner.precision) == (model.words, "bfloat16")
 
 
 def test_batches_change_nothing(model, pictures, run):
@@ -177,7 +234,29 @@ def test_figures_go_where_they_are_sent(out, count, files, run, pictures):
             assert figure.format == "PNG" and figure.size[0] == 1200
 
 
+@pytest.mark.parametrize("flags, rendering", [([], "auto"), (["--dont_smooth"], "pixelated")])
+def test_a_page_shows_all_pictures(flags, rendering, run, pictures):
+    """Of a folder, with all captions and their scores, after a run in batches."""
+    results = run("--img", pictures[0].parent, "--out", "deep/page.html", "--n_best", 2, "--batch_size", 2, *flags)
+    assert [str(path) for path in Path().glob("**/*") if path.is_file()] == ["deep/page.html"]
+    page = Path("deep/page.html").read_text()
+    assert page.count("<figure") == page.count("<details") == 3 and f"image-rendering: {rendering}" in page
+    shown = [[html.unescape(word) for word in re.findall("<button[^>]*>([^<]*)<", part)]
+             for figure in page.split("<figure")[1:] for part in figure.split("<details")]
+    assert [" ".join(words) for words in shown] == [each["caption"] for of in results for each in of["captions"]]
+    for path, result in zip(pictures, results, strict=True):
+        best, other = (format(each["log_prob"], ".2f") for each in result["captions"])
+        assert f"{path.name} &middot; log-probability {best}<" in page and f"<small>{other}</small>" in page
+
+
+def test_a_gif_of_one_picture(run, pictures):
+    words = run("--img", pictures[1], "--out", "gaze.GIF", "--n_best", 2)[0]["captions"][0]["caption"].split()
+    with Image.open("gaze.GIF") as gif:
+        assert (gif.format, gif.n_frames, gif.width) == ("GIF", len(words) + 2, 400)
+
+
 @pytest.mark.parametrize("arguments", [
+    ["--out", "all.gif", "{1}"], ["--json", "all.html"],
     ["--out", "{0}"], ["--out", "{folder}/../pictures/{name}"], ["--out", "link.png"], ["--json", "{0}"],
     ["--out", "{folder}", "{folder}/x.png", "{folder}/x_attention.png"],
     ["--out", "all", "{folder}/x.png", "more/x.png"], ["--out", "all.png", "{1}"], ["--out", "all.jpg"]])

@@ -555,6 +555,13 @@ def test_a_large_memo_takes_no_memory():
 
 
 @pytest.mark.usefixtures("little_memory")
+def test_a_bytearray_that_is_said_to_be_large_takes_no_memory():
+    """Ten bytes that the fuzzer found."""
+    with pytest.raises(KeyError):
+        utils._OldUnpickler(io.BytesIO(b"\x80\x05\x96" + struct.pack("<Q", 2**28) + b".")).load()
+
+
+@pytest.mark.usefixtures("little_memory")
 def test_a_storage_that_is_said_to_be_large_takes_no_memory(tmp_path):
     path = write_old(tmp_path / "x.pth.tar", "stream", *tiny_old({}, {}))
     content = path.read_bytes()

@@ -1,7 +1,11 @@
 """Scores mean what they say, captions are of each picture once, and the table and its files are complete."""
 
+import base64
+import html
+import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import threading
@@ -16,6 +20,7 @@ from conftest import ENCODER, Prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu
+from PIL import Image
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import eval as evaluation
@@ -336,6 +341,42 @@ def test_json_instead_of_the_table(model, prepared, run, tmp_path, capsys, monke
     assert len(list(tmp_path.iterdir())) == 1, "no files without --out"
 
 
+@pytest.mark.parametrize("limit, best, worst", [(12, 4, 3), (2, 2, 2)])
+def test_a_gallery_of_the_best_and_the_worst(limit, best, worst, model, prepared, run, tmp_path, monkeypatch):
+    """In order of CIDEr, beside all that people wrote; where the model looked is asked for these pictures alone."""
+    monkeypatch.setattr(evaluation, "SHOWN", limit)
+    asked, search = [], DecoderWithAttention.beam_search
+    monkeypatch.setattr(DecoderWithAttention, "beam_search", lambda self, features, *others, with_alphas=True, **more:
+                        asked.extend(len(features) * [with_alphas]) or
+                        search(self, features, *others, with_alphas=with_alphas, **more))
+    run("--checkpoint", model.save(tmp_path / "model.pth.tar"), "--beam_size", 1, 3, "--max_len", 8, "--batch_size", 2,
+        "--gallery", tmp_path / "page.html", "--out", tmp_path)
+    assert asked == [False] * 14 + [True] * (best + worst)
+    page = (tmp_path / "page.html").read_text()
+    assert f"<h1>{prepared.name}, TEST, beam 3</h1>" in page
+
+    dataset = CaptionDataset(prepared.folder, prepared.name, "TEST")
+    references = dataset.references(model.words)
+    captions = [each["caption"].split() for each in json.loads((tmp_path / "captions_TEST_beam3.json").read_text())]
+    pairs = evaluation._coco(references, captions)
+    cider = dict(zip(dataset.image_ids, evaluation.Cider().compute_score(*pairs)[1], strict=True))
+    by_id = {each: i for i, each in enumerate(dataset.image_ids)}
+    sections = page.split("<h2>")[1:]
+    shown = [[int(each) for each in re.findall(r"picture (\d+) &middot;", section)] for section in sections]
+    ranked = sorted(cider, key=lambda each: -cider[each])
+    assert [section.split("<")[0] for section in sections] == ["Best by CIDEr", "Worst by CIDEr"]
+    assert shown == [ranked[:best], ranked[::-1][:worst]] and cider[ranked[0]] > cider[ranked[-1]]
+    for image_id, figure in zip([*shown[0], *shown[1]], page.split("<figure")[1:], strict=True):
+        i = by_id[image_id]
+        assert f"picture {image_id} &middot; CIDEr {cider[image_id]:.2f}<" in figure
+        assert [html.unescape(each) for each in re.findall("<button[^>]*>([^<]*)<", figure)] == captions[i]
+        written = [html.unescape(each).split(" ") for each in re.findall("<li>([^<]*)<", figure)]
+        assert written == references[i]
+        photo = base64.b64decode(re.search('"data:image/jpeg;base64,([^"]*)"', figure)[1])
+        pixels = np.array(Image.open(io.BytesIO(photo)).resize((256, 256))).astype(int)
+        assert np.abs(pixels - dataset.images[i].transpose(1, 2, 0)).mean() < 4
+
+
 def test_a_model_that_never_ends_is_told(model, run, tmp_path, capsys):
     weights = model.decoder.state_dict()
     bias = weights["fc.bias"].clone()
@@ -408,7 +449,7 @@ def test_a_folder_of_the_original_tutorial(model, tutorials_folder, run, tmp_pat
 @pytest.mark.parametrize("arguments, message", [
     (["--checkpoint", "missing.pth.tar"], r"missing\.pth\.tar: no such checkpoint"), ([], "BEST_checkpoint_.*no such"),
     (["--beam_size", "3", "0"], "--beam_size"), (["--batch_size", "0"], "--batch_size"),
-    (["--max_len", "-1"], "--max_len"),
+    (["--max_len", "-1"], "--max_len"), (["--gallery", "page.png"], "--gallery page.png"),
     (["--data_name", "x"], "no data set x"), (["--word_map", "missing.json"], r"missing\.json"),
     (["--device", "gpu"], "--device gpu")])
 def test_mistakes_are_named(arguments, message, run, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The models against the reference numbers of the published arithmetic, and the search against plain versions."""
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -408,3 +409,29 @@ def test_a_checkpoint_rebuilds_its_models() -> None:
     with torch.inference_mode():
         assert torch.equal(rebuilt[0](picture), encoder(picture))
     assert all(torch.equal(value, rebuilt[1].state_dict()[key]) for key, value in decoder.state_dict().items())
+
+
+def test_depthwise_convolutions_are_tuned_in_float32_on_a_cpu() -> None:
+    """Same result as the layer's own forward, in bfloat16's steps; gradients as exact as float32's; copies by their own
+    weights."""
+    encoder = Encoder(name="mobilenet_v3_small")
+    layer = next(each for each in encoder.modules() if isinstance(each, torch.nn.Conv2d) and each.groups > 1)
+    plain = copy.deepcopy(layer)
+    del plain.forward
+    features = torch.randn(2, layer.in_channels, 9, 9).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen = layer(features)
+        assert torch.equal(frozen, plain.requires_grad_(False)(features))  # nothing to tune: nothing is different
+        encoder.fine_tune(True)
+        layer.requires_grad_(True)
+        tuned = layer(features)
+    assert tuned.dtype == torch.bfloat16
+    exact = plain.requires_grad_(True)(features.float())
+    assert torch.equal(tuned, exact.bfloat16())
+    tuned.float().square().sum().backward()
+    exact.backward(2 * tuned.float())
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
+
+    other = copy.deepcopy(layer)
+    torch.nn.init.zeros_(other.weight)
+    assert not other(features.float()).any() and layer(features.float()).any()

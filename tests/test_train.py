@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ENCODER, Prepared
@@ -82,7 +83,32 @@ def test_both_stages_leave_log_curves_and_checkpoints(prepared: Prepared, straig
     assert best["preprocessing"]["image_size"] == 256
     assert sorted(path.name for path in straight.iterdir()) == sorted(
         f"{prefix}{prepared.name}{suffix}" for prefix, suffix in (
-            ("checkpoint_", ".pth.tar"), ("BEST_checkpoint_", ".pth.tar"), ("log_", ".jsonl"), ("curves_", ".png")))
+            ("checkpoint_", ".pth.tar"), ("BEST_checkpoint_", ".pth.tar"), ("log_", ".jsonl"), ("curves_", ".png"),
+            ("gaze_", ".png")))
+
+
+def test_the_gaze_is_drawn_after_each_epoch(prepared: Prepared, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same three pictures, by the first process alone."""
+    drawn: list[tuple[Any, ...]] = []
+    draw_sheet = train.draw_sheet
+    monkeypatch.setattr(train, "draw_sheet", lambda *given: drawn.append(given) or draw_sheet(*given))
+    run(prepared, tmp_path, "--stage", 1)
+    assert [title for *_, title in drawn] == ["epoch 1", "epoch 2"]
+    images = CaptionDataset(prepared.folder, prepared.name, "VAL").images
+    for pictures, captions, _ in drawn:
+        assert [np.array_equal(picture, images[i].transpose(1, 2, 0))
+                for picture, i in zip(pictures, (0, 2, 4), strict=True)] == [True] * 3
+        assert [caption.alphas.shape for caption in captions] == [(len(each.words), 4, 4) for each in captions]
+    assert len({captions[0].log_prob for _, captions, _ in drawn}) == 2, "of each epoch's own model"
+    with Image.open(tmp_path / f"gaze_{prepared.name}.png") as gaze:
+        assert gaze.format == "PNG"
+        assert gaze.size[1] > 3 * 128
+
+    setting = setting_of(prepared, tmp_path / "other")
+    second = setting._replace(processes=Processes(1, 2, torch.device("cpu")))
+    train.draw_gaze(second, train.make_learner(1, None, setting), "epoch 1")
+    assert len(drawn) == 2
 
 
 def test_a_frozen_encoder_is_frozen_bit_for_bit(prepared: Prepared, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import utils
-from utils import InputError, Processes, load_embeddings, run_script, setup_processes, whole_file
+from utils import InputError, Processes, UsageError, load_embeddings, run_script, setup_processes, whole_file
 
 WORDS = {"<pad>": 0, "a": 1, "red": 2, "of": 3, "<unk>": 4}
 
@@ -185,10 +186,31 @@ def test_expected_failures_are_one_line(failure, status, shown, monkeypatch, cap
         assert (stop.value.code, capsys.readouterr().err) == (status, shown)
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    with pytest.raises(ZeroDivisionError):
-        run_script(lambda args: 1 / 0, argparse.ArgumentParser())
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_bug_is_one_line_that_says_where(debug, monkeypatch, capsys):
+    """And its traceback, if that was asked for; main() knows nothing of it."""
+    monkeypatch.setattr("sys.argv", ["train.py", *["--debug"] * debug])
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda args: vars(args) or utils.load_embeddings(None, None), argparse.ArgumentParser())
+    assert "\n" not in stop.value.code and "--debug" in stop.value.code and "report it" in stop.value.code
+    assert "TypeError" in stop.value.code and re.search(r"utils\.py:\d+\)", stop.value.code)
+    assert ("Traceback" in capsys.readouterr().err) == debug
+
+
+def test_a_wrong_flag_is_one_line_and_status_2(monkeypatch, capsys):
+    """Whether argparse finds it or main(); also if it would clear the screen."""
+    def main(args: argparse.Namespace) -> None:
+        raise UsageError("--n 7\x1b[2J\x9b: below 7")
+
+    for arguments, shown in ((["--m"], "unrecognized arguments: --m"), (["--n", "x"], "--n: invalid int"),
+                             (["--n", "7"], "--n 7\\u001b[2J\\u009b: below 7")):
+        monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--n", type=int)
+        with pytest.raises(SystemExit) as stop:
+            run_script(main, parser)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("train.py: ") and shown in error and error.count("\n") == 1
 
 
 def test_a_script_that_succeeds_ends_quietly(monkeypatch, capsys):
