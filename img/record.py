@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,7 +27,8 @@ BEAM_SIZE = 3
 
 
 @torch.inference_mode()
-def grow(decoder: DecoderWithAttention, features: torch.Tensor, word_map: dict[str, int], beam_size: int) -> list[Any]:
+def grow(decoder: DecoderWithAttention, features: torch.Tensor, word_map: dict[str, int], beam_size: int,
+         max_len: int = 51) -> list[list[tuple[int, str, float, str]]]:
     """A beam search prefix by prefix, slow and simple, which keeps what `beam_search` throws away.
 
     Returns:
@@ -37,7 +37,7 @@ def grow(decoder: DecoderWithAttention, features: torch.Tensor, word_map: dict[s
     """
     words = {index: word for word, index in word_map.items()}
     alive, levels = [(0, [word_map["<start>"]], 0.0)], []
-    while alive:
+    while alive and len(levels) < max_len:
         candidates = []
         for place, sequence, total in alive:
             scores = decoder(features, torch.tensor([[*sequence, 0]]), torch.tensor([[len(sequence) + 1]]))[0][0, -1]
