@@ -177,9 +177,9 @@ def draw_attention_network(record: dict[str, Any]) -> Figure:
     arrow(axes, (4.21, 1.4), (4.59, 1.8))
     axes.plot((1.15, 1.15), (3.26, 3.75), color=BLUE[1], linewidth=1.4)
     axes.plot((10.15, 10.15), (2.7, 3.75), color=ORANGE[1], linewidth=1.4)
-    arrow(axes, (1.14, 3.75), (3.59, 3.75), BLUE[1])
-    arrow(axes, (10.16, 3.75), (8.01, 3.75), ORANGE[1])
-    box(axes, 5.8, 3.75, 4.4, 0.42, "weighted sum of the 196 rows: context $z_t$, 2048", BLUE)
+    arrow(axes, (1.14, 3.75), (2.99, 3.75), BLUE[1])
+    arrow(axes, (10.16, 3.75), (8.61, 3.75), ORANGE[1])
+    box(axes, 5.8, 3.75, 5.6, 0.42, "weighted sum of the 196 rows, times the gate: context $z_t$, 2048", BLUE)
     write(axes, 2.3, 0.45, "$W_a a$ is computed once a picture, the rest at every step", 10, QUIET)
     return figure
 
