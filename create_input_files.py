@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import glob
 import hashlib
 import json
 import os
 import shutil
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -27,7 +29,18 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from datasets import IMAGE_SIZE, check_pixels, read_image, read_json
-from utils import SPECIAL_WORDS, InputError, UsageError, progress, reason, run_script
+from utils import (
+    SPECIAL_WORDS,
+    InputError,
+    UsageError,
+    hold,
+    ignore_signals,
+    progress,
+    reason,
+    run_script,
+    sweep,
+    writing,
+)
 
 KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
@@ -81,28 +94,49 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
     folder = Path(output_folder)
     base = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
     digest = digest_of(source, Path(image_folder), pictures, captions_per_image, min_word_freq, max_len)
-    if is_done(folder, base, digest, overwrite):
+    ready = folder / f".{base}.{digest[:16]}.ready"  # all files of a run that was killed before they had their names
+    if not ready.exists() and is_done(folder, base, digest, overwrite):
         print(f"{folder} holds these files already, made from the same pictures, captions and settings: nothing to do")
         return base
-    check_space(folder, len(pictures))
 
     words = [word for word in word_freq if word_freq[word] > min_word_freq]
     word_map = {word: index for index, word in enumerate([*words, "<unk>", "<start>", "<end>"], 1)} | {"<pad>": 0}
-    partial = folder / f".{base}.partial"  # the files get their names only when all are whole
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write_json(partial / f"WORDMAP_{base}.json", word_map)
-        random = Random(123)  # the tutorial's seed: the same captions are drawn
-        for split in ("TRAIN", "VAL", "TEST"):
-            chosen = [picture for picture in pictures if picture.split == split]
-            write_split(partial, base, split, chosen, word_map, random, captions_per_image, max_len, workers, digest)
-        for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".hdf5"):  # these say what all is made of
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if not ready.exists():
+        check_space(folder, len(pictures))
+        with temporary_folder(folder / base) as partial:
+            write_json(partial / f"WORDMAP_{base}.json", word_map)
+            random = Random(123)  # the tutorial's seed: the same captions are drawn
+            for split in ("TRAIN", "VAL", "TEST"):
+                chosen = [picture for picture in pictures if picture.split == split]
+                write_split(partial, base, split, chosen, word_map, random, captions_per_image, max_len, workers,
+                            digest)
+            partial.replace(ready)  # the files get their names only when all are whole
+    for other in set(folder.glob(f".{glob.escape(base)}.*.ready")) - {ready}:  # killed, and now replaced
+        shutil.rmtree(other, ignore_errors=True)
+    for path in sorted(ready.iterdir(), key=lambda path: path.suffix == ".hdf5"):  # these say what all is made of
+        path.replace(folder / path.name)
+    ready.rmdir()
     print_summary(pictures, word_freq, word_map, folder, base)
     return base
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside the path that is gone in the end, at the latest when the next run sweeps."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(folder):
+        sweep(path)
+        folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
+    try:
+        if descriptor is not None:
+            with suppress(OSError):  # a file system without locks
+                hold(descriptor)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def from_csv(path: Path) -> dict[str, Any]:
@@ -193,7 +227,8 @@ def check_paths(pictures: Sequence[Picture], image_folder: str | Path) -> None:
 
 
 def check_space(folder: Path, n_pictures: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     needed, free = n_pictures * (3 * IMAGE_SIZE ** 2 + 4000), shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free; make space, or "
@@ -249,7 +284,7 @@ def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture]
     write_json(folder / f"{split}_REFERENCES_{base}.json", [picture.references for picture in pictures])
 
     path = folder / f"{split}_IMAGES_{base}.hdf5"
-    with h5py.File(path, "w") as file:
+    with writing(path), h5py.File(path, "w") as file:
         file.attrs["captions_per_image"] = captions_per_image
         file.attrs["made_from"] = digest
         file["image_ids"] = np.array([picture.image_id for picture in pictures], dtype=np.int64)
@@ -262,7 +297,7 @@ def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture]
     # A loader reads but little ahead, and ends at a bad picture or Ctrl-C, where multiprocessing's pool may hang.
     write = functools.partial(write_pictures, path, block)
     loader = DataLoader(list(enumerate(picture.path for picture in pictures)), batch_size=16, collate_fn=write,
-                        num_workers=workers)
+                        num_workers=workers, worker_init_fn=ignore_signals)
     bar = progress(None, split, "picture", total=len(pictures))
     for done in loader:
         if isinstance(done, InputError):
@@ -288,11 +323,12 @@ def write_pictures(archive: Path, block: int, pictures: Sequence[tuple[int, Path
     except InputError as error:
         return error
     except OSError as error:
-        return InputError(f"{archive} could not be written: {error}")
+        return InputError(f"{archive} could not be written ({error.strerror})")
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")  # five times as fast as json.dump
+    with writing(path):
+        path.write_text(json.dumps(value), encoding="utf-8")  # five times as fast as json.dump
 
 
 def print_summary(pictures: Sequence[Picture], word_freq: Counter[str], word_map: dict[str, int], folder: Path,

@@ -7,6 +7,7 @@ Pixels stay bytes until they are on the device that needs them: `normalize` make
 """
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,17 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import InputError, UsageError, autocast, check_word_map, progress, reason
+from utils import (
+    InputError,
+    UsageError,
+    autocast,
+    check_word_map,
+    hold,
+    ignore_signals,
+    progress,
+    reason,
+    writing,
+)
 
 IMAGE_SIZE = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
@@ -155,7 +166,12 @@ class Features:
 
     def __getitem__(self, i: int) -> Tensor:
         if self._open is None:
-            self._open = torch.from_file(str(self.path), size=math.prod(self.shape), dtype=self.dtype).view(self.shape)
+            try:
+                numbers = torch.from_file(str(self.path), size=math.prod(self.shape), dtype=self.dtype)
+            except RuntimeError as error:
+                raise InputError(f"{self.path} cannot be read any more ({error}); go on from the last checkpoint, "
+                                 "which makes it again") from error
+            self._open = numbers.view(self.shape)
         return self._open[i]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -232,10 +248,14 @@ class CaptionDataset(Dataset):
         block of pixels is contiguous, and a memory map reads it without HDF5's lock and bookkeeping.
         """
         if self._open is None or self._open[0] != os.getpid():
-            with h5py.File(self.path, "r") as file:
-                offset, shape = file["images"].id.get_offset(), file["images"].shape
-            pictures = (np.memmap(self.path, np.uint8, "r", offset, shape) if offset is not None
-                        else h5py.File(self.path, "r")["images"])  # somebody stored them in chunks
+            try:
+                with h5py.File(self.path, "r") as file:
+                    offset, shape = file["images"].id.get_offset(), file["images"].shape
+                pictures = (np.memmap(self.path, np.uint8, "r", offset, shape) if offset is not None
+                            else h5py.File(self.path, "r")["images"])  # somebody stored them in chunks
+            except OSError as error:
+                raise InputError(f"{self.path} cannot be read any more ({error}); bring it back, and go on from the "
+                                 "last checkpoint") from error
             self._open = (os.getpid(), pictures)
         return self._open[1]
 
@@ -333,7 +353,8 @@ def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, rank: i
                  device: torch.device | None = None) -> DataLoader:
     """Batches of pictures, each once, of this process's share: every world_size-th picture from the rank-th on."""
     share = torch.utils.data.Subset(Pictures(dataset), range(rank, dataset.n_images, world_size))
-    return DataLoader(share, batch_size, num_workers=workers, pin_memory=device is not None and device.type == "cuda")
+    return DataLoader(share, batch_size, num_workers=workers, worker_init_fn=ignore_signals,
+                      pin_memory=device is not None and device.type == "cuda")
 
 
 def encode(encoder: nn.Module, pictures: Tensor, device: torch.device) -> Tensor:
@@ -363,6 +384,10 @@ def keep_features(dataset: CaptionDataset, encoder: nn.Module, device: torch.dev
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     name = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
     path = dataset.path.with_name(f"{name}_{digest.hexdigest()[:16]}.bin")
+    others = [each for each in path.parent.glob(f"*{glob.escape(name)}_*") if path.name not in each.name]
+    if others and show:  # not deleted: another run may be using them
+        print(f"features of other encoders, precisions or pictures take {sum(each.stat().st_size for each in others):,}"
+              f" bytes; delete what no run needs: {' '.join(map(str, others))}")
     features = Features(path, dataset.n_images, shape, dtype)
     if os.environ.get("LOCAL_RANK", "0") == "0" and not path.is_file():
         _write_features(features, dataset, encoder, device, precision, workers, show)
@@ -381,16 +406,24 @@ def _write_features(features: Features, dataset: CaptionDataset, encoder: nn.Mod
     if features.n_bytes - done * size > free:
         raise InputError(f"the features of {dataset.path} need {features.n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB "
                          f"are free in {partial.parent}; make room, or leave out --cache_features")
-    rest = torch.utils.data.Subset(Pictures(dataset), range(done, dataset.n_images))
-    bar = progress(None, f"features, {dataset.split}", "picture", show, total=dataset.n_images, initial=done)
-    with open(partial, "ab") as file:
+    with writing(partial):
+        file = open(partial, "ab")
+    with file:
+        with suppress(OSError):  # a file system without locks
+            hold(file)           # while another run on this machine writes it
+        if features.path.is_file():
+            return               # that run wrote it all
+        done = file.tell() // size // FEATURES_AT_ONCE * FEATURES_AT_ONCE  # batches as in one go, for the same bits
         file.truncate(done * size)
-        for pictures, *_ in DataLoader(rest, FEATURES_AT_ONCE, num_workers=workers):
+        rest = torch.utils.data.Subset(Pictures(dataset), range(done, dataset.n_images))
+        bar = progress(None, f"features, {dataset.split}", "picture", show, total=dataset.n_images, initial=done)
+        for pictures, *_ in DataLoader(rest, FEATURES_AT_ONCE, num_workers=workers, worker_init_fn=ignore_signals):
             with autocast(device, precision):
                 rows = encode(encoder, pictures, device)
-            file.write(rows.to(features.dtype).cpu().contiguous().view(torch.uint8).numpy())
-            file.flush()
-            os.fsync(file.fileno())  # what the file's length promises is on the disk
+            with writing(partial):
+                file.write(rows.to(features.dtype).cpu().contiguous().view(torch.uint8).numpy())
+                file.flush()
+                os.fsync(file.fileno())  # what the file's length promises is on the disk
             bar.update(len(pictures))
-    bar.close()
-    partial.replace(features.path)
+        bar.close()
+        partial.replace(features.path)

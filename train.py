@@ -4,14 +4,19 @@
     torchrun --nproc_per_node=8 train.py                   # eight GPUs, and a batch eight times as large
     python train.py --checkpoint checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar             # go on
 
-Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint.
+Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint. Ctrl-C
+and SIGTERM save one too, and say how to go on. `torchrun --max_restarts=3` goes on by itself where a process failed.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import os
+import platform
 import shlex
+import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -42,11 +47,15 @@ from models import DecoderWithAttention, Encoder, build_models
 from utils import (
     InputError,
     Processes,
+    Stopped,
     UsageError,
     adjust_learning_rate,
     autocast,
     broadcast,
     broadcast_tensors,
+    first_signal,
+    gather,
+    ignore_signals,
     load_checkpoint,
     load_embeddings,
     loader_workers,
@@ -56,7 +65,9 @@ from utils import (
     run_script,
     save_checkpoint,
     setup_processes,
+    signals_to,
     sum_gradients,
+    sweep,
     whole_file,
 )
 
@@ -152,6 +163,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains, and returns the rows of the log."""
     check_arguments(args)
     processes, precision = setup_processes(args.device, args.precision)
+    find_own_place(args, processes)
     args.workers = loader_workers(args.workers, processes.device)
     word_map = load_word_map(args.data_folder, args.data_name)
     train, val = (CaptionDataset(args.data_folder, args.data_name, split) for split in ("TRAIN", "VAL"))
@@ -193,12 +205,62 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--freeze_embeddings freezes pretrained embeddings; name their file with --embeddings")
     if args.stage == "2" and not args.checkpoint:
         raise UsageError("--stage 2 fine-tunes what stage 1 trained; name its best checkpoint with --checkpoint")
+
+
+def find_own_place(args: argparse.Namespace, processes: Processes) -> None:
+    """The first process decides for all what the run goes on from, and refuses an output folder that is not its own.
+
+    Where a process fails, torchrun starts all again by the same command: that goes on from the run's own checkpoint.
+    """
+    restarted = any(gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", processes))
+    refusal = None
+    if processes.rank == 0:
+        there = output_path(args, "checkpoint_")
+        if restarted and there.exists() and (load_checkpoint(there)["training"] or {}).get("launch") == launch():
+            args.checkpoint = str(there)
+        if there.exists() and not args.checkpoint:
+            refusal = (f"{there} holds a run already: go on with --checkpoint {there}, or name another "
+                       "--output_folder for a new one")
+        elif there.exists() and there.resolve().parent != Path(args.checkpoint).resolve().parent:
+            refusal = f"{there} belongs to another run than {args.checkpoint}; name another --output_folder"
+        else:
+            refusal = unwritable(there.parent)
+        sweep(output_path(args, "BEST_checkpoint_"))  # the other files are written, and so swept, every epoch
+    args.checkpoint, refusal = broadcast((args.checkpoint, refusal), processes)
+    if refusal:
+        raise InputError(refusal)
+
+
+def launch() -> str | None:
+    """What all processes have in common that one torchrun command starts, and starts again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {platform.node()} {os.getppid()}"
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written into the folder. Better now than after the first epoch."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"--output_folder {folder}: nothing can be written there ({error.strerror}); name another"
+
+
+def how_to_go_on(args: argparse.Namespace) -> str:
+    """What a stopped run says last: where it stands, and the command that takes it up again."""
     there = output_path(args, "checkpoint_")
-    if there.exists() and not args.checkpoint:
-        raise InputError(f"{there} holds a run already: go on with --checkpoint {there}, or name another "
-                         "--output_folder for a new one")
-    if there.exists() and there.resolve().parent != Path(args.checkpoint).resolve().parent:
-        raise InputError(f"{there} belongs to another run than {args.checkpoint}; name another --output_folder")
+    if not there.exists():
+        return "stopped before the first checkpoint; the same command starts again"
+    command = sys.orig_argv
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+        command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
+        command[1:1] = [f"--nnodes={nodes}", "..."] if nodes > 1 else []
+    if command[-2:] != ["--checkpoint", str(there)]:
+        command = [*command, "--checkpoint", str(there)]
+    return f"stopped; the run stands in {there}, go on with: {shlex.join(command)}"
 
 
 def output_path(args: argparse.Namespace, prefix: str, suffix: str = ".pth.tar") -> Path:
@@ -243,8 +305,9 @@ def keep_best(run: Run, start: dict[str, Any]) -> None:
     best = output_path(run.args, "BEST_checkpoint_")
     if run.processes.rank == 0 and not best.exists():
         source = Path(run.args.checkpoint).with_name(best.name)
+        content = (source if source.is_file() else Path(run.args.checkpoint)).read_bytes()
         with whole_file(best, "wb") as file:
-            file.write((source if source.is_file() else Path(run.args.checkpoint)).read_bytes())
+            file.write(content)
 
 
 def read_checkpoint(path: str | Path, run: Run) -> dict[str, Any]:
@@ -270,7 +333,7 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
     sampler = EpochSampler(len(items), max(1, batch_size // at_once), 2 * args.seed + stage, processes.rank,
                            processes.world_size)
     loader = DataLoader(items, batch_sampler=sampler, num_workers=args.workers,
-                        pin_memory=processes.device.type == "cuda")
+                        worker_init_fn=ignore_signals, pin_memory=processes.device.type == "cuda")
     run.say(f"stage {stage} ({'encoder too' if stage == 2 else 'decoder only'}): {len(run.train)} captions in "
             f"{sampler.steps} batches, {processes.world_size} x {processes.device} in {run.precision}; begins at epoch "
             f"{state['epoch'] + 1}, batch {state['step'] + 1}; best BLEU-4 so far "
@@ -371,7 +434,8 @@ def stage_state(stage: int, start: dict[str, Any] | None) -> dict[str, Any]:
     """Where the stage stands: where a checkpoint of the same stage left it, or at its beginning."""
     before = start["training"] if start and start["training"] else {"stage": 0, "log": [], "best_bleu4": -1.0}
     if before["stage"] == stage:
-        return {name: value for name, value in before.items() if name not in {"optimizers", "args", "world_size"}}
+        others = {"optimizers", "args", "world_size", "launch"}
+        return {name: value for name, value in before.items() if name not in others}
     return {"stage": stage, "epoch": 0, "step": 0, "sums": [0.0] * 5, "seconds": 0.0, "epochs_since_improvement": 0,
             "best_bleu4": before["best_bleu4"], "log": before["log"]}
 
@@ -383,28 +447,41 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
     sampler.epoch, sampler.first_step = epoch, state["step"]
     learner.decoder.train()
     sums = torch.tensor(state["sums"], dtype=torch.float64, device=run.processes.device)
+    unseen: list[Tensor] = []  # each batch's own sums, since one last looked at them
+    came: list[int] = []       # signals, which wait for the end of a step
     saved = ready = time.monotonic()
     resumed, began, waited = ready, ready - state["seconds"], 0.0
     bar = progress(None, f"stage {stage}, epoch {epoch + 1}", "batch", run.processes.rank == 0, total=sampler.steps,
                    initial=sampler.first_step)
-    for step, batch in enumerate(loader, sampler.first_step):
-        waited += time.monotonic() - ready
-        # Seeded by its place, a step draws the same dropout whether or not the run was interrupted before it.
-        torch.manual_seed(zlib.crc32(repr((args.seed, stage, epoch, step, run.processes.rank)).encode()))
-        if args.schedule == "cosine":
-            set_cosine_rates(learner, learning_rates(args, stage), epoch * sampler.steps + step, epochs * sampler.steps)
-        sums += train_step(run, learner, batch, sampling, sampler.counts(step))
-        bar.update()
-        ready = time.monotonic()
-        due = run.processes.rank == 0 and ready - saved > 60 * args.checkpoint_minutes
-        if due or step % args.print_freq == 0:
-            seen, seconds = sums.tolist(), ready - began  # this waits for the GPU, so it is done rarely
-            bar.set_postfix({"loss": f"{loss_of(seen, args.alpha_c):.3f}", "captions/s": f"{seen[4] / seconds:.0f}",
-                             "waiting for data": f"{waited / (ready - resumed):.0%}"})
-        if due:
-            save(run, learner, {**state, "step": step + 1, "sums": seen, "seconds": seconds})
-            saved = time.monotonic()
-    bar.close()
+    with signals_to(came.append), bar:
+        for step, batch in enumerate(loader, sampler.first_step):
+            waited += time.monotonic() - ready
+            # Seeded by its place, a step draws the same dropout whether or not the run was interrupted before it.
+            torch.manual_seed(zlib.crc32(repr((args.seed, stage, epoch, step, run.processes.rank)).encode()))
+            if args.schedule == "cosine":
+                set_cosine_rates(learner, learning_rates(args, stage), epoch * sampler.steps + step,
+                                 epochs * sampler.steps)
+            unseen.append(train_step(run, learner, batch, sampling, sampler.counts(step)))
+            sums += unseen[-1]
+            bar.update()
+            ready = time.monotonic()
+            stopped = first_signal(came, run.processes)
+            last = step + 1 == sampler.steps  # validation takes a while, too
+            due = stopped or last or ready - saved > 60 * args.checkpoint_minutes
+            if due or step % args.print_freq == 0:
+                look_at(unseen, step, state, args.alpha_c)
+                seen, seconds = sums.tolist(), ready - began  # this waits for the GPU, so it is done rarely
+                bar.set_postfix({"loss": f"{loss_of(seen, args.alpha_c):.3f}",
+                                 "captions/s": f"{seen[4] / seconds:.0f}",
+                                 "waiting for data": f"{waited / (ready - resumed):.0%}"})
+            if due:
+                save(run, learner, {**state, "step": step + 1, "sums": seen, "seconds": seconds})
+                saved = time.monotonic()
+            if stopped:
+                first_signal(came, run.processes)  # waits until the first process has saved
+                raise Stopped(stopped)
+    if came:
+        raise Stopped(came[0])
     loss, seconds = loss_of(sums.tolist(), args.alpha_c), time.monotonic() - began
     return {"stage": stage, "epoch": epoch + 1, "train_loss": loss, "captions_per_second": len(run.train) / seconds,
             "seconds": seconds, "decoder_lr": learner.optimizers["decoder"].param_groups[0]["lr"]}
@@ -466,32 +543,43 @@ def looked_at(run: Run) -> list[int]:
     return sorted({0, run.val.n_images // 3, 2 * run.val.n_images // 3})
 
 
-def loss_of(sums: list[float], alpha_c: float) -> float:
+def loss_of(sums: list[float], alpha_c: float, where: str = "") -> float:
     """The loss per word and caption, from the sums of `measure`. Raises InputError where it is no number."""
-    loss = sums[0] / sums[3] + alpha_c * sums[1] / sums[4]
-    if not math.isfinite(loss):
-        raise InputError(f"the loss is {loss} (sum over words {sums[0]}, over attention {sums[1]}): is a learning rate "
-                         "too high? The last checkpoint is good")
-    return loss
+    words, attention = sums[0] / sums[3], alpha_c * sums[1] / sums[4]
+    if not math.isfinite(words + attention):
+        raise InputError(f"{where}the loss is {words + attention} (of words {words}, of attention {attention}): is a "
+                         "learning rate too high? The last checkpoint is good; go on from it with a lower one")
+    return words + attention
+
+
+def look_at(unseen: list[Tensor], step: int, state: dict[str, Any], alpha_c: float) -> None:
+    """Looks at the sums of the batches up to this step, names the first whose loss is no number, and forgets them."""
+    for i, sums in enumerate(torch.stack(unseen).tolist(), step + 1 - len(unseen)):
+        loss_of(sums, alpha_c, f"stage {state['stage']}, epoch {state['epoch'] + 1}, batch {i + 1}: ")
+    unseen.clear()
 
 
 def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = False) -> None:
-    """Checkpoint, log and curves. The best first: a run killed in between repeats the epoch, and writes it again."""
+    """Checkpoint, log and curves. The checkpoint last: a run killed before repeats the epoch, and writes all again."""
     if run.processes.rank > 0:
         return
+    models = {"encoder": learner.encoder.state_dict(), "decoder": learner.decoder.state_dict()}
+    if not all(bool(each.isfinite().all()) for weights in models.values() for each in weights.values()):
+        raise InputError(f"stage {state['stage']}, epoch {state['epoch'] + 1}, batch {state['step']}: some weights are "
+                         "no numbers. The last checkpoint is good; go on from it with a lower learning rate")
     scores = {} if state["step"] or not state["log"] else state["log"][-1]  # of these very weights
     args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.args).items()}
     optimizers = {name: optimizer.state_dict() for name, optimizer in learner.optimizers.items()}
-    checkpoint = {"encoder": learner.encoder.state_dict(), "decoder": learner.decoder.state_dict(),
-                  "word_map": run.word_map, "model": learner.arguments, "preprocessing": PREPROCESSING,
-                  "scores": scores, "training": {**state, "optimizers": optimizers, "args": args,
+    checkpoint = {**models, "word_map": run.word_map, "model": learner.arguments, "preprocessing": PREPROCESSING,
+                  "scores": scores, "training": {**state, "optimizers": optimizers, "args": args, "launch": launch(),
                                                  "world_size": run.processes.world_size}}
-    for prefix in ("BEST_checkpoint_", "checkpoint_") if improved else ("checkpoint_",):
-        save_checkpoint(output_path(run.args, prefix), checkpoint)
-    if state["log"]:
+    if improved:
+        save_checkpoint(output_path(run.args, "BEST_checkpoint_"), checkpoint)
+    if state["log"] and not state["step"]:
         with whole_file(output_path(run.args, "log_", ".jsonl")) as file:
             file.writelines(json.dumps(row) + "\n" for row in state["log"])
         draw_curves(state["log"], output_path(run.args, "curves_", ".png"))
+    save_checkpoint(output_path(run.args, "checkpoint_"), checkpoint)
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -526,4 +614,4 @@ def draw_gaze(run: Run, learner: Learner, title: str) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, get_parser())
+    run_script(main, get_parser(), how_to_go_on)

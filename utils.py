@@ -4,24 +4,34 @@ from __future__ import annotations
 import argparse
 import collections
 import ctypes
+import glob
 import io
 import math
 import os
 import pickle
 import re
+import shutil
+import signal
 import sys
+import time
 import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CHECKPOINT_FORMAT = 1
 SPECIAL_WORDS = ("<start>", "<end>", "<pad>", "<unk>")
@@ -35,29 +45,37 @@ class UsageError(InputError):
     """Flags that cannot be meant, whatever the files hold."""
 
 
-def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
-    """Runs a script. A failure is one line and exit status 1, a wrong flag one line and 2, Ctrl-C exits with 130."""
+class Stopped(KeyboardInterrupt):
+    """SIGINT (Ctrl-C) or SIGTERM asks this process to end; its argument is the signal's number."""
+
+
+def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser,
+               go_on: Callable[[argparse.Namespace], str] = lambda _: "stopped") -> None:
+    """Runs a script. A failure is one line and exit status 1, a wrong flag one line and 2; Ctrl-C exits with 130,
+    SIGTERM with 143.
+
+    Args:
+        go_on: what to say when the script was stopped.
+    """
     parser.add_argument("--debug", action="store_true", help="show where in the code a failure arose")
     parser.error = lambda message: parser.exit(2, printable(f"{parser.prog}: {message} (--help tells the flags)\n"))
     args = parser.parse_args()
     debug = vars(args).pop("debug")
     try:
-        main(args)
-        if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
-            dist.destroy_process_group()
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: stopped", file=sys.stderr)
-        sys.exit(130)
+        with signals_to(raise_stopped):
+            main(args)
+            if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
+                dist.destroy_process_group()
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":  # one line from all processes
+            print(printable(f"\n{parser.prog}: {go_on(args)}"), file=sys.stderr)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     except Exception as error:
         if debug:
             traceback.print_exc()
         if isinstance(error, UsageError):
             parser.error(str(error))
-        if not isinstance(error, (InputError, OSError, ImportError)):
-            ours = [f"{Path(file).name}:{line}" for file, line, *_ in traceback.extract_tb(error.__traceback__)[1:]
-                    if Path(file).parent == Path(__file__).parent]
-            error = f"a fault of this program, please report it ({reason(error)}; {' '.join(ours)}); --debug shows more"
-        sys.exit(printable(f"{parser.prog}: {error}"))
+        sys.exit(printable(f"{parser.prog}: {in_one_line(error, args)}"))
     finally:
         for bar in list(getattr(tqdm, "_instances", [])):
             bar.close()  # or the line would stand behind a half-drawn bar
@@ -74,20 +92,117 @@ def printable(text: str) -> str:
                   lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def in_one_line(error: Exception, args: argparse.Namespace) -> str:
+    """What to say of a failure: what the user can do, or, of one that was not to be expected, where it arose."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        sizes = args.batch_size if isinstance(args.batch_size, list) else [args.batch_size]
+        return (f"the GPU's memory is too small for --batch_size {' '.join(map(str, sizes))}; try --batch_size "
+                f"{' '.join(str(max(1, size // 2)) for size in sizes)}")
+    if isinstance(error, (InputError, OSError, ImportError)):
+        # Of what went wrong in a DataLoader's process, the text is the whole traceback there.
+        return text.splitlines()[-1].removeprefix("utils.InputError: ") if "Original Traceback" in text else text
+    if "DataLoader worker" in text:
+        return (f"a process that reads pictures died ({text.splitlines()[0]}); often memory ran out: try fewer "
+                "--workers, 0 at the least")
+    if isinstance(error, RuntimeError) and "onnection" in text and dist.is_initialized():
+        return "another process ended, and so does this one"
+    ours = [f"{Path(file).name}:{line}" for file, line, *_ in traceback.extract_tb(error.__traceback__)[1:]
+            if Path(file).parent == Path(__file__).parent]
+    return f"a fault of this program, please report it ({reason(error)}; {' '.join(ours)}); --debug shows more"
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def signals_to(handler: Callable[[int], None]) -> Iterator[None]:
+    """Within it the first SIGINT or SIGTERM goes to the handler. A second one ends the process at once."""
+    times: list[float] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        times.append(time.monotonic())
+        # torchrun passes on to each of its processes what the system may have sent to all of them already.
+        same = "TORCHELASTIC_RUN_ID" in os.environ and times[-1] - times[0] < 1
+        if len(times) == 1:
+            handler(number)
+        elif not same:
+            os._exit(128 + number)
+
+    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, former in before.items():
+            signal.signal(each, former)
+
+
+def raise_stopped(number: int) -> None:
+    raise Stopped(number)
+
+
+def ignore_signals(_: int) -> None:
+    """Makes a DataLoader's process (its worker_init_fn) leave Ctrl-C and SIGTERM to the process that it works for."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+
+
+# ---- files that appear whole -----------------------------------------------------------------------------------------
+
 @contextmanager
 def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
     """Opens a file that appears under its name only when it was written to the end and is safely on the disk."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        try:
+            with open_held(temporary, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Names the file, and says what was wrong, where the disk is full or the folder may not be written."""
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save and h5py hide it
+        if not isinstance(cause, OSError):
+            raise
+        reason = os.strerror(cause.errno) if cause.errno else cause
+        raise InputError(f"{path} could not be written ({reason}); what stood there before is as it was") from error
+
+
+def hold(file: Any, wait: bool = True) -> None:
+    """Locks a file or folder until it is closed, or its process ends in whatever way. Raises OSError if it cannot."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def open_held(path: Path, mode: str) -> IO[Any]:
+    """Opens a file anew and holds it."""
+    file = open(path, mode, encoding=None if "b" in mode else "utf-8")
+    with suppress(OSError):  # a file system without locks
+        hold(file)
+    return file if os.fstat(file.fileno()).st_nlink else open_held(path, mode)  # `sweep` of another came in between
+
+
+def sweep(path: Path) -> None:
+    """Removes the temporary files and folders of this name that killed processes left: those that nobody holds."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                hold(descriptor, wait=False)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def progress(iterable: Any, description: str, unit: str, show: bool = True, **options: Any) -> tqdm:
@@ -125,7 +240,7 @@ def setup_processes(device: str | None, precision: str | None) -> tuple[Processe
     if chosen.type == "cpu":
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     native = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = precision or ("bfloat16" if native else "float32")
     torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")  # TF32 or not
@@ -175,6 +290,14 @@ def broadcast_tensors(tensors: list[Tensor], processes: Processes) -> None:
     if processes.world_size > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+def first_signal(came: list[int], processes: Processes) -> int:
+    """The number of a signal that any process was sent, or 0; the same on every process, so that all stop together."""
+    number = torch.tensor(max(came, default=0))
+    if processes.world_size > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU: the GPU is not waited for
+    return int(number)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

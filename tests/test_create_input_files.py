@@ -323,7 +323,7 @@ def test_other_settings_are_refused_too(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_do_not_matter(tmp_path):
-    left = tmp_path / "out" / ".mine_2_cap_per_img_0_min_word_freq.partial"
+    left = tmp_path / "out" / ".mine_2_cap_per_img_0_min_word_freq.12345.tmp"
     left.mkdir(parents=True)
     (left / "rubbish.json").write_text("[")
     folder, _ = prepare(write_set(tmp_path, few()))
