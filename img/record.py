@@ -1,0 +1,93 @@
+"""Takes what is real in the README's diagrams from a run of the demo, into demo.json, from which draw.py draws.
+
+    python demo/demo.py
+    python img/record.py demo/output
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(REPOSITORY)  # where the scripts are
+
+from caption import to_grid  # noqa: E402
+from datasets import encode, read_image, words_of  # noqa: E402
+from demo.demo import NAME  # noqa: E402
+from img.draw import RECORD, SCENE  # noqa: E402
+from models import DecoderWithAttention, build_models  # noqa: E402
+from utils import InputError, load_checkpoint, run_script, whole_file  # noqa: E402
+
+BEAM_SIZE = 3
+
+
+@torch.inference_mode()
+def grow(decoder: DecoderWithAttention, features: torch.Tensor, word_map: dict[str, int], beam_size: int,
+         max_len: int = 51) -> list[list[tuple[int, str, float, str]]]:
+    """A beam search prefix by prefix, slow and simple, which keeps what `beam_search` throws away.
+
+    Returns:
+        For each step the candidates, best first: parent (its place in the step before), word, log-probability, and
+        whether it was "kept", "ended" or "dropped".
+    """
+    words = {index: word for word, index in word_map.items()}
+    alive, levels = [(0, [word_map["<start>"]], 0.0)], []
+    while alive and len(levels) < max_len:
+        candidates = []
+        for place, sequence, total in alive:
+            scores = decoder(features, torch.tensor([[*sequence, 0]]), torch.tensor([[len(sequence) + 1]]))[0][0, -1]
+            log_probs = scores.log_softmax(0)
+            log_probs[[word_map[word] for word in ("<start>", "<pad>", "<unk>")]] = -torch.inf
+            best = log_probs.topk(beam_size)
+            candidates += [(total + value, place, [*sequence, index])
+                           for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        candidates.sort(key=lambda each: -each[0])
+        level, going_on = [], []
+        for rank, (total, place, sequence) in enumerate(candidates):
+            word = words[sequence[-1]]
+            fate = "dropped" if rank >= beam_size else "ended" if word == "<end>" else "kept"
+            level.append((place, word, total, fate))
+            if fate == "kept":
+                going_on.append((rank, sequence, total))
+        beam_size -= sum(fate == "ended" for *_, fate in level)
+        levels.append(level)
+        alive = going_on
+    return levels
+
+
+@torch.inference_mode()
+def main(args: argparse.Namespace) -> None:
+    log = args.folder / f"log_{NAME}.jsonl"
+    if not log.is_file():
+        raise InputError(f"{log}: no such file; run the demo first, python demo/demo.py")
+    checkpoint = load_checkpoint(args.folder / f"BEST_checkpoint_{NAME}.pth.tar")
+    (encoder, decoder), word_map = build_models(checkpoint), checkpoint["word_map"]
+    pixels = read_image(args.folder / "shapes" / "images" / f"shapes_test_{SCENE:04d}.png")
+    grid = encode(encoder, torch.from_numpy(pixels).unsqueeze(0), torch.device("cpu"))      # (1, h, w, C)
+    features = encoder.adaptive_pool(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)          # (1, n, n, C)
+    tree = grow(decoder, features, word_map, BEAM_SIZE)
+    best = decoder.beam_search(features, word_map, BEAM_SIZE)[0][0]
+    keys = ("stage", "epoch", "train_loss", "val_loss", "bleu4", "bleu4_teacher_forced")
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    content = {"log": [{key: row[key] for key in keys} for row in rows],
+               "words": [*words_of(best.sequence, word_map), "<end>"],
+               "alphas": [[[round(weight, 4) for weight in row] for row in alpha]
+                          for alpha in to_grid(best.alphas)[1:].tolist()],
+               "tree": [[(place, word, round(total, 2), fate) for place, word, total, fate in level] for level in tree]}
+    with whole_file(RECORD) as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the demo's, usually demo/output")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())
