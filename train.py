@@ -5,7 +5,9 @@
     python train.py --checkpoint checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar             # go on
 
 Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint. Ctrl-C
-and SIGTERM save one too, and say how to go on. `torchrun --max_restarts=3` goes on by itself where a process failed.
+and SIGTERM save one too, and say how to go on. Started like this, it goes on by itself where a process failed:
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=8 --max_restarts=3 train.py
 """
 from __future__ import annotations
 
@@ -226,6 +228,10 @@ def find_own_place(args: argparse.Namespace, processes: Processes) -> None:
         else:
             refusal = unwritable(there.parent)
         sweep(output_path(args, "BEST_checkpoint_"))  # the other files are written, and so swept, every epoch
+        elastic = os.environ.get
+        if elastic("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and elastic("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            print("restarted processes will not find each other (PyTorch's issue 135712); start with "
+                  "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone (several nodes: --rdzv_backend=c10d)")
     args.checkpoint, refusal = broadcast((args.checkpoint, refusal), processes)
     if refusal:
         raise InputError(refusal)

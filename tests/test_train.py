@@ -56,7 +56,7 @@ def assert_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Weights, optimizers, log and best score; only the flags may differ."""
     for name in ("encoder", "decoder", "word_map", "model", "scores"):
         assert same(one[name], other[name]), name
-    for name in one["training"].keys() - {"args", "seconds"}:
+    for name in one["training"].keys() - {"args", "seconds", "launch"}:
         assert same(one["training"][name], other["training"][name]), name
 
 
