@@ -3,8 +3,8 @@
     python img/draw.py
 
 Colours mean the same in all: blue the picture and its features, orange attention, green words, grey the LSTM. Curves,
-gazes and the tree of the beam search are of a real run of the demo, which record.py put into demo.json; attention.png
-is caption.py's.
+gazes and the tree of the beam search are of a real run of the demo, which record.py put into demo.json, and what is
+said of the photographs, in photos.json, a model's that was trained on Flickr8k; attention.png is caption.py's.
 """
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import skimage.data
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,11 +30,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are
 
+from caption import fit, panel  # noqa: E402
 from demo.shapes import draw_scene, five_captions  # noqa: E402
 from train import draw_curves  # noqa: E402
 from utils import run_script, whole_file  # noqa: E402
 
-RECORD = REPOSITORY / "img" / "demo.json"
+RECORD, PHOTOS = REPOSITORY / "img" / "demo.json", REPOSITORY / "img" / "photos.json"
+PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg")  # that scikit-image brings
 SCENE = 19  # of the demo's test split: a short caption that is right, so that a tree of it fits on a page
 INK, QUIET, LINE = "#2f3542", "#7d8797", "#b9c1cd"
 Color = tuple[str, str]  # of a panel and of its border
@@ -301,6 +304,32 @@ def draw_batches(_: dict[str, Any]) -> Figure:
     return figure
 
 
+def photograph(name: str) -> Path:
+    return Path(skimage.data.data_dir, name)
+
+
+def draw_photos(record: dict[str, Any]) -> Image.Image:
+    """A row for each photograph: whole, over its caption, and where the model looked for each word."""
+    large, small, across = 244, 122, 5
+    rows = []
+    for name, said in record.items():
+        whole = panel(fit(photograph(name), large), said["words"], len(said["words"]))
+        looks = [panel(fit(photograph(name), small), [word], 0, np.array(alpha))
+                 for word, alpha in zip(said["words"], said["alphas"], strict=True)]
+        below = max(each.height for each in looks)
+        row = Image.new("RGB", (large + across * small, max(whole.height, -(-len(looks) // across) * below)), "white")
+        row.paste(whole, (0, 0))
+        for i, look in enumerate(looks):
+            row.paste(look, (large + 6 + i % across * small, i // across * below))
+        rows.append(row)
+    page = Image.new("RGB", (rows[0].width, sum(row.height + 12 for row in rows)), "white")
+    y = 0
+    for row in rows:
+        page.paste(row, (0, y))
+        y += row.height + 12
+    return page
+
+
 DRAWINGS = {"encoder": draw_encoder, "decoder": partial(draw_decoder, attention=False),
             "decoder_attention": partial(draw_decoder, attention=True), "attention_network": draw_attention_network,
             "model": draw_model, "beam_search": draw_beam_search, "files": draw_files, "batches": draw_batches}
@@ -309,6 +338,8 @@ DRAWINGS = {"encoder": draw_encoder, "decoder": partial(draw_decoder, attention=
 def main(args: argparse.Namespace) -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     draw_curves(record["log"], args.out / "curves.png")
+    with whole_file(args.out / "photos.jpg", "wb") as file:
+        draw_photos(json.loads(PHOTOS.read_text(encoding="utf-8"))).save(file, "JPEG", quality=85)
     for name, draw in DRAWINGS.items():
         drawn = io.BytesIO()
         draw(record).savefig(drawn, format="png", dpi=args.dpi)

@@ -1,7 +1,7 @@
-"""Takes what is real in the README's diagrams from a run of the demo, into demo.json, from which draw.py draws.
+"""Takes what is real in the README's pictures from trained models, into JSON files from which draw.py draws.
 
-    python demo/demo.py
-    python img/record.py demo/output
+    python img/record.py demo/output                        # a run of the demo's diagrams
+    python img/record.py --photos BEST_checkpoint_....pth.tar        # captions of scikit-image's own photographs
 """
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are
 
-from caption import to_grid  # noqa: E402
+from caption import caption_images, load, to_grid  # noqa: E402
 from datasets import encode, read_image, words_of  # noqa: E402
 from demo.demo import NAME  # noqa: E402
-from img.draw import RECORD, SCENE  # noqa: E402
+from img.draw import PHOTOGRAPHS, PHOTOS, RECORD, SCENE, photograph  # noqa: E402
 from models import DecoderWithAttention, build_models  # noqa: E402
 from utils import InputError, load_checkpoint, run_script, whole_file  # noqa: E402
 
@@ -60,14 +61,34 @@ def grow(decoder: DecoderWithAttention, features: torch.Tensor, word_map: dict[s
     return levels
 
 
-@torch.inference_mode()
+def rounded(alphas: np.ndarray) -> list[list[list[float]]]:
+    """Weights (T, n, n) as lists, in as many digits as a picture needs."""
+    return [[[round(weight, 4) for weight in row] for row in alpha] for alpha in alphas.tolist()]
+
+
+def record_photos(checkpoint: Path) -> None:
+    found = caption_images(load(checkpoint, precision="float32"), [photograph(name) for name in PHOTOGRAPHS])
+    content = {name: {"words": best.words, "alphas": rounded(best.alphas)}
+               for name, (best, *_) in zip(PHOTOGRAPHS, found, strict=True)}
+    with whole_file(PHOTOS) as file:
+        file.write(json.dumps(content) + "\n")
+
+
 def main(args: argparse.Namespace) -> None:
-    log = args.folder / f"log_{NAME}.jsonl"
+    if args.photos:
+        record_photos(args.photos)
+    if args.folder:
+        record_demo(args.folder)
+
+
+@torch.inference_mode()
+def record_demo(folder: Path) -> None:
+    log = folder / f"log_{NAME}.jsonl"
     if not log.is_file():
         raise InputError(f"{log}: no such file; run the demo first, python demo/demo.py")
-    checkpoint = load_checkpoint(args.folder / f"BEST_checkpoint_{NAME}.pth.tar")
+    checkpoint = load_checkpoint(folder / f"BEST_checkpoint_{NAME}.pth.tar")
     (encoder, decoder), word_map = build_models(checkpoint), checkpoint["word_map"]
-    pixels = read_image(args.folder / "shapes" / "images" / f"shapes_test_{SCENE:04d}.png")
+    pixels = read_image(folder / "shapes" / "images" / f"shapes_test_{SCENE:04d}.png")
     grid = encode(encoder, torch.from_numpy(pixels).unsqueeze(0), torch.device("cpu"))      # (1, h, w, C)
     features = encoder.adaptive_pool(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)          # (1, n, n, C)
     tree = grow(decoder, features, word_map, BEAM_SIZE)
@@ -76,8 +97,7 @@ def main(args: argparse.Namespace) -> None:
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     content = {"log": [{key: row[key] for key in keys} for row in rows],
                "words": [*words_of(best.sequence, word_map), "<end>"],
-               "alphas": [[[round(weight, 4) for weight in row] for row in alpha]
-                          for alpha in to_grid(best.alphas)[1:].tolist()],
+               "alphas": rounded(to_grid(best.alphas)[1:].numpy()),
                "tree": [[(place, word, round(total, 2), fate) for place, word, total, fate in level] for level in tree]}
     with whole_file(RECORD) as file:
         file.write(json.dumps(content) + "\n")
@@ -85,7 +105,8 @@ def main(args: argparse.Namespace) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the demo's, usually demo/output")
+    parser.add_argument("folder", type=Path, nargs="?", help="the demo's, usually demo/output")
+    parser.add_argument("--photos", type=Path, metavar="CHECKPOINT", help="a model trained on photographs")
     return parser
 
 
