@@ -317,7 +317,8 @@ def draw_photos(record: dict[str, Any]) -> Image.Image:
         looks = [panel(fit(photograph(name), small), [word], 0, np.array(alpha))
                  for word, alpha in zip(said["words"], said["alphas"], strict=True)]
         below = max(each.height for each in looks)
-        row = Image.new("RGB", (large + across * small, max(whole.height, -(-len(looks) // across) * below)), "white")
+        height = max(whole.height, math.ceil(len(looks) / across) * below)
+        row = Image.new("RGB", (large + 6 + across * small, height), "white")
         row.paste(whole, (0, 0))
         for i, look in enumerate(looks):
             row.paste(look, (large + 6 + i % across * small, i // across * below))
@@ -339,7 +340,7 @@ def main(args: argparse.Namespace) -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     draw_curves(record["log"], args.out / "curves.png")
     with whole_file(args.out / "photos.jpg", "wb") as file:
-        draw_photos(json.loads(PHOTOS.read_text(encoding="utf-8"))).save(file, "JPEG", quality=85)
+        draw_photos(json.loads(PHOTOS.read_text(encoding="utf-8"))).save(file, "JPEG", quality=72)
     for name, draw in DRAWINGS.items():
         drawn = io.BytesIO()
         draw(record).savefig(drawn, format="png", dpi=args.dpi)
