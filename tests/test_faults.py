@@ -269,7 +269,7 @@ def test_stopped_before_there_is_anything_to_save(server: Any, prepared: Prepare
     output = tmp_path / "output"
     assert finish(start(server, "train", kept_flags(prepared, tmp_path), output, (where, 1, signal.SIGTERM))) == 143
     assert last_line(output) == "train.py: stopped before the first checkpoint; the same command starts again"
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_signal_ends_at_once(server: Any, folders: list[Path], alone: Path, prepared: Prepared,
@@ -277,7 +277,7 @@ def test_a_second_signal_ends_at_once(server: Any, folders: list[Path], alone: P
     arguments = flags(prepared, tmp_path / "out", "--data_folder", folders[0] / "data", "--cache_features")
     both = ("train.train_step", 2, signal.SIGINT, signal.SIGTERM)
     assert finish(start(server, "train", arguments, tmp_path / "output", both)) == 143
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "where", "number"), [
@@ -308,7 +308,7 @@ def test_ctrl_c_reaches_a_whole_process_group(prepared: Prepared, tmp_path: Path
         os.killpg(process.pid, signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    said = [line for line in errors.splitlines() if line and "it/s" not in line and "batch" not in line]
+    said = [line for line in errors.splitlines() if line.strip() and "it/s" not in line and "batch" not in line]
     more = go_on(tmp_path / "out", prepared)
     assert said == [f"train.py: stopped; the run stands in {more[1]}, go on with: {shlex.join([*command, *more])}"]
     with pytest.raises(ProcessLookupError):
@@ -538,9 +538,9 @@ def test_a_loss_that_is_no_number_is_named_with_its_batch(begun: list[str], tmp_
     """The first such batch, though one looks at the loss at the end only."""
     before, measure, calls = contents(tmp_path / "out"), train.measure, []
 
-    def third(*output: Any) -> torch.Tensor:
+    def third(*output: Any, **options: Any) -> torch.Tensor:
         calls.append(0)
-        return measure(*output) * torch.tensor([1, torch.nan if len(calls) == 3 else 1, 1, 1, 1])
+        return measure(*output, **options) * torch.tensor([1, torch.nan if len(calls) == 3 else 1, 1, 1, 1])
 
     monkeypatch.setattr(train, "measure", third)
     said = said_by(monkeypatch, [*begun, "--print_freq", "100"])
