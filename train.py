@@ -47,6 +47,7 @@ from datasets import (
 from eval import bleu, measure, validate
 from models import DecoderWithAttention, Encoder, build_models
 from utils import (
+    SIGNALS,
     InputError,
     Processes,
     Stopped,
@@ -453,12 +454,11 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
     learner.decoder.train()
     sums = torch.tensor(state["sums"], dtype=torch.float64, device=run.processes.device)
     unseen: list[Tensor] = []  # each batch's own sums, since one last looked at them
-    came: list[int] = []       # signals, which wait for the end of a step
     saved = ready = time.monotonic()
     resumed, began, waited = ready, ready - state["seconds"], 0.0
     bar = progress(None, f"stage {stage}, epoch {epoch + 1}", "batch", run.processes.rank == 0, total=sampler.steps,
                    initial=sampler.first_step)
-    with signals_to(came.append), bar:
+    with signals_to(lambda _: None), bar:  # they wait for the end of a step
         for step, batch in enumerate(loader, sampler.first_step):
             waited += time.monotonic() - ready
             # Seeded by its place, a step draws the same dropout whether or not the run was interrupted before it.
@@ -470,7 +470,7 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
             sums += unseen[-1]
             bar.update()
             ready = time.monotonic()
-            stopped = first_signal(came, run.processes)
+            stopped = first_signal(run.processes)
             last = step + 1 == sampler.steps  # validation takes a while, too
             due = stopped or last or ready - saved > 60 * args.checkpoint_minutes
             if due or step % args.print_freq == 0:
@@ -483,10 +483,10 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
                 save(run, learner, {**state, "step": step + 1, "sums": seen, "seconds": seconds})
                 saved = time.monotonic()
             if stopped:
-                first_signal(came, run.processes)  # waits until the first process has saved
+                first_signal(run.processes)  # waits until the first process has saved
                 raise Stopped(stopped)
-    if came:
-        raise Stopped(came[0])
+    if SIGNALS:
+        raise Stopped(SIGNALS[0])
     loss, seconds = loss_of(sums.tolist(), args.alpha_c), time.monotonic() - began
     return {"stage": stage, "epoch": epoch + 1, "train_loss": loss, "captions_per_second": len(run.train) / seconds,
             "seconds": seconds, "decoder_lr": learner.optimizers["decoder"].param_groups[0]["lr"]}

@@ -34,6 +34,7 @@ except ImportError:  # Windows
     fcntl = None
 
 CHECKPOINT_FORMAT = 1
+SIGNALS: list[int] = []  # SIGINT and SIGTERM that came to this process since its script began
 SPECIAL_WORDS = ("<start>", "<end>", "<pad>", "<unk>")
 
 
@@ -61,22 +62,26 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
     parser.error = lambda message: parser.exit(2, printable(f"{parser.prog}: {message} (--help tells the flags)\n"))
     args = parser.parse_args()
     debug = vars(args).pop("debug")
+    SIGNALS.clear()
+    unraisable = sys.unraisablehook  # called of what is raised in destructors: a stop is in SIGNALS still
+    sys.unraisablehook = lambda lost: None if lost.exc_type is Stopped else unraisable(lost)
     try:
         with signals_to(raise_stopped):
             main(args)
             if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
                 dist.destroy_process_group()
-    except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":  # one line from all processes
-            print(printable(f"\n{parser.prog}: {go_on(args)}"), file=sys.stderr)
-        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if SIGNALS or isinstance(error, KeyboardInterrupt):  # any failure after a signal is its consequence
+            if os.environ.get("RANK", "0") == "0":           # one line from all processes
+                print(printable(f"\n{parser.prog}: {go_on(args)}"), file=sys.stderr)
+            sys.exit(128 + (error.args[0] if isinstance(error, Stopped) else [*SIGNALS, signal.SIGINT][0]))
         if debug:
             traceback.print_exc()
         if isinstance(error, UsageError):
             parser.error(str(error))
         sys.exit(printable(f"{parser.prog}: {in_one_line(error, args)}"))
     finally:
+        sys.unraisablehook = unraisable
         for bar in list(getattr(tqdm, "_instances", [])):
             bar.close()  # or the line would stand behind a half-drawn bar
 
@@ -116,14 +121,19 @@ def in_one_line(error: Exception, args: argparse.Namespace) -> str:
 
 @contextmanager
 def signals_to(handler: Callable[[int], None]) -> Iterator[None]:
-    """Within it the first SIGINT or SIGTERM goes to the handler. A second one ends the process at once."""
-    times: list[float] = []
+    """Within it the first SIGINT or SIGTERM goes to the handler, and into SIGNALS. A second one ends the process at
+    once."""
+    since: list[float] = []
+    owner = os.getpid()
 
     def handle(number: int, _: FrameType | None) -> None:
-        times.append(time.monotonic())
+        if os.getpid() != owner:
+            return  # a DataLoader's process that has just begun, see `ignore_signals`
+        since.append(time.monotonic())
+        SIGNALS.append(number)  # as what the handler raises can get lost, in a destructor for instance
         # torchrun passes on to each of its processes what the system may have sent to all of them already.
-        same = "TORCHELASTIC_RUN_ID" in os.environ and times[-1] - times[0] < 1
-        if len(times) == 1:
+        same = "TORCHELASTIC_RUN_ID" in os.environ and since[-1] - since[0] < 1
+        if len(SIGNALS) == 1:
             handler(number)
         elif not same:
             os._exit(128 + number)
@@ -292,9 +302,9 @@ def broadcast_tensors(tensors: list[Tensor], processes: Processes) -> None:
             dist.broadcast(tensor, 0)
 
 
-def first_signal(came: list[int], processes: Processes) -> int:
+def first_signal(processes: Processes) -> int:
     """The number of a signal that any process was sent, or 0; the same on every process, so that all stop together."""
-    number = torch.tensor(max(came, default=0))
+    number = torch.tensor(max(SIGNALS, default=0))
     if processes.world_size > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU: the GPU is not waited for
     return int(number)

@@ -308,7 +308,7 @@ def test_ctrl_c_reaches_a_whole_process_group(prepared: Prepared, tmp_path: Path
         os.killpg(process.pid, signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    said = [line for line in errors.splitlines() if line.strip() and "it/s" not in line and "batch" not in line]
+    said = [line for line in errors.splitlines() if line.strip() and "batch/s" not in line and "picture/s" not in line]
     more = go_on(tmp_path / "out", prepared)
     assert said == [f"train.py: stopped; the run stands in {more[1]}, go on with: {shlex.join([*command, *more])}"]
     with pytest.raises(ProcessLookupError):
