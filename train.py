@@ -206,6 +206,8 @@ def check_arguments(args: argparse.Namespace) -> None:
                          "0 or more, --seed from 0 to 4294967295")
     if args.freeze_embeddings and not args.embeddings and not args.checkpoint:
         raise UsageError("--freeze_embeddings freezes pretrained embeddings; name their file with --embeddings")
+    if args.augment and args.stage == "1":
+        raise UsageError("--augment changes the pictures of stage 2, and --stage 1 leaves that out")
     if args.stage == "2" and not args.checkpoint:
         raise UsageError("--stage 2 fine-tunes what stage 1 trained; name its best checkpoint with --checkpoint")
 

@@ -299,6 +299,7 @@ TRAIN: dict[str, Case] = {
     "a seed without end": (None, ["--seed", "9" * 30], 2, ["--seed from 0 to 4294967295"]),
     "all dropped": (None, ["--dropout", "1"], 2, ["--dropout and --label_smoothing are from 0 to below 1"]),
     "more than always": (None, ["--scheduled_sampling", "1.1"], 2, ["--scheduled_sampling from 0 to 1"]),
+    "pictures changed for nobody": (None, ["--augment", "--stage", "1"], 2, ["--augment changes", "stage 2"]),
     "all smoothed": (None, ["--label_smoothing", "1"], 2, ["--label_smoothing are from 0 to below 1"]),
     "an unknown schedule": (None, ["--schedule", "sine"], 2, ["--schedule", "plateau", "cosine"]),
     "a recipe that is not there": (None, ["@nothing.txt"], 2, ["nothing.txt"]),
