@@ -188,7 +188,8 @@ def test_the_tuned_recipe_resumed_is_the_run_left_alone(prepared: Prepared, tmp_
     """Rates that change with every step, pictures changed at random: all depend on the place in the run alone."""
     recipe = ["--decoder_lr", 0.01, 0.02, "--schedule", "cosine", "--augment", "--label_smoothing", 0.1]
     monkeypatch.setattr(train, "WARM_UP", 3)
-    rates, train_step = [], train.train_step
+    rates, changed, train_step, augment = [], [], train.train_step, train.augment
+    monkeypatch.setattr(train, "augment", lambda images: changed.append(len(rates)) or augment(images))
 
     def step(run: train.Run, learner: train.Learner, *others: Any) -> torch.Tensor:
         rates.append([each.param_groups[0]["lr"] for each in learner.optimizers.values()])
@@ -197,6 +198,7 @@ def test_the_tuned_recipe_resumed_is_the_run_left_alone(prepared: Prepared, tmp_
     monkeypatch.setattr(train, "train_step", step)
     run(prepared, tmp_path / "alone", *recipe)
     factors = [1 / 3, 2 / 3, *((1 + math.cos(math.pi * step / 8)) / 2 for step in range(2, 8))]  # 2 epochs of 4 batches
+    assert changed == list(range(9, 17))  # in each step of stage 2
     peaks = [0.01] * 8 + [0.02] * 8
     assert [first for first, *_ in rates] == pytest.approx([a * b for a, b in zip(peaks, factors * 2, strict=True)])
     assert [second for _, *tuned in rates for second in tuned] == pytest.approx([1e-4 * factor for factor in factors])
