@@ -8,8 +8,8 @@ import errno
 import json
 import multiprocessing
 import os
-import re
 import random
+import re
 import resource
 import shlex
 import shutil
