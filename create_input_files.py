@@ -94,6 +94,7 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
     folder = Path(output_folder)
     base = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
     digest = digest_of(source, Path(image_folder), pictures, captions_per_image, min_word_freq, max_len)
+    sweep(folder / base)
     ready = folder / f".{base}.{digest[:16]}.ready"  # all files of a run that was killed before they had their names
     if not ready.exists() and is_done(folder, base, digest, overwrite):
         print(f"{folder} holds these files already, made from the same pictures, captions and settings: nothing to do")
@@ -125,7 +126,6 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     """A folder beside the path that is gone in the end, at the latest when the next run sweeps."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(folder):
-        sweep(path)
         folder.mkdir()
     descriptor = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
     try:
