@@ -246,10 +246,9 @@ def write_gif(file: IO[bytes], image: str | Path | Image.Image, caption: Caption
 
 def draw_sheet(images: Sequence[Image.Image], captions: Sequence[Caption], title: str) -> Image.Image:
     """Small panels of square pictures, a row for each: the picture under the title, then its first 15 words."""
-    rows = [[panel(fit(image, 128), [title]),
-             *(panel(fit(image, 128), [word], 0, alpha)
-               for word, alpha in zip(caption.words[:15], caption.alphas[:15], strict=True))]
-            for image, caption in zip(images, captions, strict=True)]
+    rows = [[panel(small, [title]), *(panel(small, [word], 0, alpha) for word, alpha
+                                      in zip(caption.words[:15], caption.alphas[:15], strict=True))]
+            for small, caption in zip([fit(image, 128) for image in images], captions, strict=True)]
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
     for y, row in enumerate(rows):
