@@ -55,19 +55,23 @@ DARK = 0.2  # of a pixel's brightness, where the model does not look at all
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(usage="%(prog)s --img PATH [FLAG ...]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what to caption").add_argument
     add("--img", "-i", nargs="+", required=True, metavar="PATH",
         help="pictures, folders of pictures, or patterns like '*.jpg'")
     add("--model", "-m", "--checkpoint", metavar="FILE", help="(default: the BEST_checkpoint_* in this folder)")
     add("--word_map", "-wm", metavar="FILE", help="only for checkpoints that hold none (the original tutorial's)")
+    add = parser.add_argument_group("search").add_argument
     add("--beam_size", "-b", type=int, default=5, metavar="K", help="hypotheses of the beam search (default: 5)")
     add("--n_best", type=int, default=1, metavar="N", help="captions for each picture (default: 1)")
     add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
-    add("--dont_smooth", dest="smooth", action="store_false", help="show the attention's pixels as they are")
+    add = parser.add_argument_group("results").add_argument
     add("--out", metavar="PATH",
         help="where the model looked: an .html page, or a folder for .png files; for one picture a .png or .gif file")
+    add("--dont_smooth", dest="smooth", action="store_false", help="show the attention's pixels as they are")
     add("--json", nargs="?", const="-", metavar="FILE", help="all results, into a file or instead of the lines")
+    add = parser.add_argument_group("running").add_argument
     add("--batch_size", type=int, default=16, metavar="N", help="pictures at once (default: 16)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")

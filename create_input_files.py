@@ -48,22 +48,24 @@ JSON_FILES = ("CAPTIONS", "CAPLENS", "REFERENCES")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(usage="%(prog)s [FLAG ...]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what to read").add_argument
     add("--dataset", default="coco", metavar="NAME",
         help="coco, flickr8k, flickr30k, or a name of your own for data in their layout (default: coco)")
     add("--karpathy_json_path", metavar="FILE", help="captions and splits (default: dataset_NAME.json)")
     add("--captions_csv", metavar="FILE", help="instead of a JSON: a table with columns image, caption and maybe split")
     add("--image_folder", metavar="DIR", help="where the pictures are (default: the folder of the captions' file)")
+    add = parser.add_argument_group("what to keep").add_argument
     add("--captions_per_image", type=int, default=5, metavar="N", help="captions sampled for each picture (default: 5)")
     add("--min_word_freq", type=int, default=5, metavar="N",
         help="words that occur N times or less become <unk> (default: 5)")
-    add("--output_folder", default="data", metavar="DIR", help="where the files go (default: data)")
     add("--max_len", type=int, default=50, metavar="WORDS", help="longer captions are left out (default: 50)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=int, default=cores, metavar="N",
-        help="processes reading pictures (default: all cores)")
+    add = parser.add_argument_group("running").add_argument
+    add("--output_folder", default="data", metavar="DIR", help="where the files go (default: data)")
     add("--overwrite", action="store_true", help="replace files that were made from something else")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--workers", type=int, default=cores, metavar="N", help="processes reading pictures (default: all cores)")
     return parser
 
 

@@ -57,23 +57,27 @@ COLUMNS = ("beam", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", 
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(usage="%(prog)s [FLAG ...]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("model and data").add_argument
     add("--checkpoint", metavar="FILE", help="the model (default: BEST_checkpoint_DATANAME.pth.tar in this folder)")
+    add("--word_map", metavar="FILE", help="for checkpoints without one (default: the data folder's)")
     add("--data_folder", default="data", metavar="DIR", help="what create_input_files.py made (default: data)")
     add("--data_name", default="coco_5_cap_per_img_5_min_word_freq", metavar="NAME",
         help="base name of those files (default: coco_5_cap_per_img_5_min_word_freq)")
-    add("--word_map", metavar="FILE", help="for checkpoints without one (default: the data folder's)")
     add("--split", choices=("TEST", "VAL", "TRAIN"), default="TEST", help="(default: TEST)")
+    add = parser.add_argument_group("search").add_argument
     add("--beam_size", type=int, nargs="+", default=[1, 3, 5], metavar="K", help="one row each (default: 1 3 5)")
     add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
+    add = parser.add_argument_group("results").add_argument
+    add("--json", nargs="?", const="-", metavar="FILE", help="scores as JSON, into a file or instead of the table")
+    add("--out", metavar="DIR", help="writes the table (Markdown, JSON) and the captions in COCO's result format")
+    add("--gallery", metavar="FILE", help="an .html page: best and worst captions at the last --beam_size")
+    add = parser.add_argument_group("running").add_argument
     add("--batch_size", type=int, default=32, metavar="N", help="pictures searched at once (default: 32)")
     add("--workers", type=int, metavar="N", help="processes reading pictures (default: 1 for a GPU, 0 on a CPU)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
-    add("--json", nargs="?", const="-", metavar="FILE", help="scores as JSON, into a file or instead of the table")
-    add("--out", metavar="DIR", help="writes the table (Markdown, JSON) and the captions in COCO's result format")
-    add("--gallery", metavar="FILE", help="an .html page: best and worst captions at the last --beam_size")
     return parser
 
 

@@ -80,16 +80,15 @@ WARM_UP = 100                    # steps in which --schedule cosine brings the l
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(usage="%(prog)s [FLAG ...]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@")  # python train.py @recipes/tuned.txt
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    # Data
     add = parser.add_argument_group("data").add_argument
     add("--data_folder", default="data", metavar="DIR", help="what create_input_files.py made (default: data)")
     add("--data_name", default="coco_5_cap_per_img_5_min_word_freq", metavar="NAME",
         help="base name of those files (default: coco_5_cap_per_img_5_min_word_freq)")
     add("--output_folder", default=".", metavar="DIR", help="checkpoints, log, curves (default: this folder)")
-    # Model
     add = parser.add_argument_group("model").add_argument
     add("--encoder", default="resnet101", metavar="NAME",
         help="a convolutional torchvision model, efficientnet_lite0 or efficientnet_lite2 (default: resnet101)")
@@ -97,13 +96,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="torchvision's name, a file, or none for random ones (default: IMAGENET1K_V1)")
     add("--encoded_image_size", type=int, default=14, metavar="N",
         help="the encoder's map is brought to N x N pixels (default: 14)")
-    add("--emb_dim", type=int, default=512, help="size of the word embeddings (default: 512)")
-    add("--attention_dim", type=int, default=512, help="size of the attention network (default: 512)")
-    add("--decoder_dim", type=int, default=512, help="size of the LSTM (default: 512)")
-    add("--dropout", type=float, default=0.5, help="before the vocabulary layer (default: 0.5)")
+    add("--emb_dim", type=int, default=512, metavar="N", help="size of the word embeddings (default: 512)")
+    add("--attention_dim", type=int, default=512, metavar="N", help="size of the attention network (default: 512)")
+    add("--decoder_dim", type=int, default=512, metavar="N", help="size of the LSTM (default: 512)")
+    add("--dropout", type=float, default=0.5, metavar="P", help="before the vocabulary layer (default: 0.5)")
     add("--embeddings", metavar="FILE", help="pretrained word vectors in GloVe's text format; sets --emb_dim")
     add("--freeze_embeddings", action="store_true", help="leave the pretrained word vectors as they are")
-    # Training
     add = parser.add_argument_group("training").add_argument
     add("--stage", choices=("1", "2", "both"), default="both",
         help="1: decoder only; 2: fine-tuning of the encoder too, from --checkpoint; both in turn (default: both)")
@@ -115,11 +113,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="batches of pictures with all their captions: each picture is encoded once an epoch, not once a caption")
     add("--cache_features", action="store_true",
         help="in stage 1, keep what the encoder makes of each picture beside the data, and never encode it again")
-    add("--encoder_lr", type=float, default=1e-4, help="Adam's rate for the encoder (default: 1e-4)")
+    add("--encoder_lr", type=float, default=1e-4, metavar="R", help="Adam's rate for the encoder (default: 1e-4)")
     add("--decoder_lr", type=float, nargs="+", default=[4e-4], metavar="R",
         help="Adam's rate for the decoder, by stage (default: 4e-4 in both)")
-    add("--grad_clip", type=float, default=5.0, help="each gradient is cut off at plus and minus this (default: 5)")
-    add("--alpha_c", type=float, default=1.0, help="weight of the doubly stochastic term (default: 1)")
+    add("--grad_clip", type=float, default=5.0, metavar="G",
+        help="each gradient is cut off at plus and minus this (default: 5)")
+    add("--alpha_c", type=float, default=1.0, metavar="W", help="weight of the doubly stochastic term (default: 1)")
     add("--scheduled_sampling", type=float, default=0.0, metavar="P",
         help="probability of feeding the model's own word, reached linearly at a stage's last epoch (default: 0)")
     add("--label_smoothing", type=float, default=0.0, metavar="S",
@@ -128,8 +127,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="learning rates fall where BLEU-4 stands still, or along half a cosine to 0 over a stage's epochs "
         "(default: plateau)")
     add("--augment", action="store_true", help="in stage 2, mirror and crop the pictures at random")
-    add("--seed", type=int, default=0, help="for first weights, order of captions and dropout (default: 0)")
-    # Running
+    add("--seed", type=int, default=0, metavar="N",
+        help="for first weights, order of captions and dropout (default: 0)")
     add = parser.add_argument_group("running").add_argument
     add("--checkpoint", metavar="FILE", help="go on from here")
     add("--checkpoint_minutes", type=float, default=15, metavar="M", help="save within an epoch too (default: 15)")

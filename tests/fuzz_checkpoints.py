@@ -21,8 +21,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from test_checkpoints import WORDS, tiny_old, write_old  # noqa: E402
 
 import utils  # noqa: E402
+from legacy import old_checkpoints  # noqa: E402
 
-for place in (utils, utils._OldUnpickler, pickle._Unpickler, torch._weights_only_unpickler.Unpickler, zipfile.ZipFile):
+for place in (utils, old_checkpoints, old_checkpoints.OldUnpickler, pickle._Unpickler,
+              torch._weights_only_unpickler.Unpickler, zipfile.ZipFile):
     for function in list(vars(place).values()):
         if isinstance(function, types.FunctionType):
             atheris.instrument_func(function)  # its branches guide the search

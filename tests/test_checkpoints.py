@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import caption
-import utils
+from legacy import old_checkpoints
 from models import DecoderWithAttention, Encoder, build_models
 from utils import InputError, load_checkpoint, save_checkpoint
 
@@ -228,11 +228,12 @@ def test_old_checkpoints_caption(tutorials, tmp_path, capsys):
 def test_the_encoder_is_told_from_its_weights(name, blocks, monkeypatch):
     encoder = {f"resnet.6.{i}.conv{1 if blocks < 6 or name == 'resnet34' else 3}.weight": 0 for i in range(blocks)}
     decoder = dict.fromkeys(("embedding.weight", "attention.encoder_att.weight", "init_h.weight"), torch.zeros(2, 3))
-    pickled = {"encoder": utils._Inert(), "decoder": utils._Inert()}
+    pickled = {"encoder": old_checkpoints.Inert(), "decoder": old_checkpoints.Inert()}
     pickled["encoder"].state = {"enc_image_size": 14}
-    monkeypatch.setattr(utils, "_read_container", lambda _: (pickled, {}))
-    monkeypatch.setattr(utils, "_state_dict", lambda module, _: encoder if module is pickled["encoder"] else decoder)
-    assert utils._load_pickled_modules("")["model"] == {
+    monkeypatch.setattr(old_checkpoints, "read_container", lambda _: (pickled, {}))
+    monkeypatch.setattr(old_checkpoints, "state_dict",
+                        lambda module, _: encoder if module is pickled["encoder"] else decoder)
+    assert old_checkpoints.load_pickled_modules("")["model"] == {
         "encoder": name, "encoded_image_size": 14, "attention_dim": 2, "encoder_dim": 3, "vocab_size": 2,
         "embed_dim": 3, "decoder_dim": 2, "dropout": 0.5}
 
@@ -367,11 +368,12 @@ def test_pytorch_0_4_checkpoints_load(container, tutorials, tmp_path):
 
 
 def test_a_view_of_a_storage_begins_where_it_says():
-    storage = utils._Inert("storage", torch.float32, "7", "cuda:0", 10, ("8", 4, 6))
+    storage = old_checkpoints.Inert("storage", torch.float32, "7", "cuda:0", 10, ("8", 4, 6))
     numbers = {"7": bytearray(torch.arange(10.0).numpy().tobytes())}
-    assert utils._to_tensor(utils._Inert(storage, 1, (2, 2), (2, 1)), numbers).tolist() == [[5, 6], [7, 8]]
+    tensor = old_checkpoints.Inert(storage, 1, (2, 2), (2, 1))
+    assert old_checkpoints.to_tensor(tensor, numbers).tolist() == [[5, 6], [7, 8]]
     with pytest.raises(RuntimeError, match="out of bounds"):
-        utils._to_tensor(utils._Inert(storage, 3, (2, 2), (2, 1)), numbers)
+        old_checkpoints.to_tensor(old_checkpoints.Inert(storage, 3, (2, 2), (2, 1)), numbers)
 
 
 # ---- hostile files ---------------------------------------------------------------------------------------------------
@@ -416,8 +418,8 @@ def attacks(proof: Path | str = "") -> dict[str, Any]:
 
 def reachable() -> list[Any]:
     """All that an old checkpoint's pickle can lay hands on."""
-    classes = (utils._Inert, dict, set, collections.defaultdict, collections.OrderedDict, nn.Parameter)
-    return [*(dict(vars(each)) for each in classes), dict(utils.ALLOWED), set(sys.modules),
+    classes = (old_checkpoints.Inert, dict, set, collections.defaultdict, collections.OrderedDict, nn.Parameter)
+    return [*(dict(vars(each)) for each in classes), dict(old_checkpoints.ALLOWED), set(sys.modules),
             torch._utils._rebuild_tensor_v2]
 
 
@@ -551,14 +553,14 @@ def little_memory():
 def test_a_large_memo_takes_no_memory():
     """Python's unpickler in C makes an array as long as the highest number that a pickle calls something by."""
     pickled = b"\x80\x02}r" + struct.pack("<I", 2**25) + b"."
-    assert utils._OldUnpickler(io.BytesIO(pickled)).load() == {}
+    assert old_checkpoints.OldUnpickler(io.BytesIO(pickled)).load() == {}
 
 
 @pytest.mark.usefixtures("little_memory")
 def test_a_bytearray_that_is_said_to_be_large_takes_no_memory():
     """Ten bytes that the fuzzer found."""
     with pytest.raises(KeyError):
-        utils._OldUnpickler(io.BytesIO(b"\x80\x05\x96" + struct.pack("<Q", 2**28) + b".")).load()
+        old_checkpoints.OldUnpickler(io.BytesIO(b"\x80\x05\x96" + struct.pack("<Q", 2**28) + b".")).load()
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -568,7 +570,7 @@ def test_a_storage_that_is_said_to_be_large_takes_no_memory(tmp_path):
     assert content.endswith(struct.pack("<q4f", 4, 0, 1, 2, 3))
     path.write_bytes(content[:-24] + struct.pack("<q4f", 2**28, 0, 1, 2, 3))
     with pytest.raises(EOFError):
-        utils._read_container(path)
+        old_checkpoints.read_container(path)
 
 
 LANGUAGE = [
@@ -585,12 +587,12 @@ def test_no_program_of_allowed_names_reaches_anything(program):
     """Whatever opcodes do with the allowed names ends in an error, or in plain data and stand-ins."""
     before = reachable()
     try:
-        found = utils._OldUnpickler(io.BytesIO(b"\x80\x04" + b"".join(program) + b".")).load()
+        found = old_checkpoints.OldUnpickler(io.BytesIO(b"\x80\x04" + b"".join(program) + b".")).load()
     except Exception:
         found = None
     assert reachable() == before
     plain = str, int, type(None), tuple, list, dict, set, frozenset
-    assert isinstance(found, (*plain, type, torch.dtype, utils._Inert))
+    assert isinstance(found, (*plain, type, torch.dtype, old_checkpoints.Inert))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
