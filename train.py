@@ -292,19 +292,26 @@ def first_checkpoint(run: Run) -> dict[str, Any] | None:
                     "print_freq", "epochs", "encoder", "encoder_weights", "encoded_image_size", "embeddings", "emb_dim",
                     "attention_dim", "decoder_dim"}  # the model's own come from the checkpoint
         before = start["training"]["args"]
-        fixed = ["freeze_embeddings"]  # who learns; and within an epoch, what a batch is
-        fixed += ["batch_size", "whole_images", "seed"] if start["training"]["step"] else []
-        for name in fixed:
-            if before[name] != getattr(run.args, name):
-                raise InputError(f"{run.args.checkpoint} was made with --{name} {before[name]}; go on with the same")
-        if start["training"]["step"] and start["training"]["world_size"] != run.processes.world_size:
-            raise InputError(f"{run.args.checkpoint} stands within an epoch of {start['training']['world_size']} "
-                             "processes; go on with as many")
+        if before["freeze_embeddings"] != run.args.freeze_embeddings:  # who learns
+            raise InputError(f"{run.args.checkpoint} was made with --freeze_embeddings {before['freeze_embeddings']}; "
+                             "go on with the same")
+        stood, stands = (batches_of(args, start["training"]["stage"], world_size) for args, world_size in (
+            (before, start["training"]["world_size"]), (vars(run.args), run.processes.world_size)))
+        if start["training"]["step"] and stood != stands:
+            start["training"] |= {"step": 0, "sums": [0.0] * 5, "seconds": 0.0}
+            others = ", ".join(name for name in stood if stood[name] != stands[name])
+            run.say(f"its batches were others ({others}), so epoch {start['training']['epoch'] + 1} begins again")
         changed = [f"--{name} {value} (was {before[name]})" for name, value in vars(run.args).items()
                    if name not in harmless and value != before.get(name, value)]
         if changed:
             run.say(f"going on with other flags than before: {', '.join(changed)}")
     return start
+
+
+def batches_of(args: dict[str, Any], stage: int, world_size: int) -> dict[str, Any]:
+    """What decides which captions the n-th batch of an epoch holds."""
+    return {"--batch_size": of_stage(args["batch_size"], stage), "--whole_images": args["whole_images"],
+            "--seed": args["seed"], "processes": world_size}
 
 
 def keep_best(run: Run, start: dict[str, Any]) -> None:

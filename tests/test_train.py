@@ -183,6 +183,24 @@ def test_the_order_of_captions_may_be_the_tutorials(prepared: Prepared, tmp_path
     assert load(tmp_path, prepared)["training"]["epoch"] == 1
 
 
+def test_within_an_epoch_other_batches_begin_it_again(prepared: Prepared, tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str],
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that who ran out of memory in the middle of an epoch can go on with smaller batches."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(prepared, tmp_path, "--checkpoint_minutes", 0, "--stage", 1, "--epochs", 1)
+    there = tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+    assert load(tmp_path, prepared)["training"]["step"] > 0
+    capsys.readouterr()
+    (row,) = run(prepared, tmp_path, "--checkpoint", there, "--stage", 1, "--epochs", 1, "--batch_size", 10)
+    said = capsys.readouterr().out
+    assert "its batches were others (--batch_size), so epoch 1 begins again" in said
+    assert "in 8 batches" in said and "begins at epoch 1, batch 1" in said
+    assert row["epoch"] == 1
+
+
 def test_the_tuned_recipe_resumed_is_the_run_left_alone(prepared: Prepared, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that change with every step, pictures changed at random: all depend on the place in the run alone."""
