@@ -66,6 +66,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--beam_size", "-b", type=int, default=5, metavar="K", help="hypotheses of the beam search (default: 5)")
     add("--n_best", type=int, default=1, metavar="N", help="captions for each picture (default: 1)")
     add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
+    add("--length_penalty", type=float, default=0.0, metavar="P",
+        help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
     add = parser.add_argument_group("results").add_argument
     add("--out", metavar="PATH",
         help="where the model looked: an .html page, or a folder for .png files; for one picture a .png or .gif file")
@@ -74,7 +76,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("running").add_argument
     add("--batch_size", type=int, default=16, metavar="N", help="pictures at once (default: 16)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
+    add("--precision", choices=("bfloat16", "float32"),
+        help="of matrix products (default: bfloat16 on a GPU that has it, else float32)")
     return parser
 
 
@@ -110,7 +113,8 @@ def load(model: str | Path, word_map: str | Path | None = None, device: str | No
 
 
 def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image], beam_size: int = 5,
-                   max_len: int = 51, n_best: int = 1, batch_size: int = 16) -> list[list[Caption]]:
+                   max_len: int = 51, n_best: int = 1, batch_size: int = 16,
+                   length_penalty: float = 0.0) -> list[list[Caption]]:
     """For each picture, a file or one that Pillow opened, its n best captions, the best first.
 
     Raises:
@@ -119,7 +123,7 @@ def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image],
     return [[to_caption(each, model.word_map) for each in hypotheses]
             for i in range(0, len(images), batch_size)
             for hypotheses in caption_paths(model.encoder, model.decoder, images[i:i + batch_size], model.word_map,
-                                            beam_size, max_len, n_best, model.precision)]
+                                            beam_size, max_len, n_best, model.precision, length_penalty)]
 
 
 def to_caption(hypothesis: Hypothesis, word_map: dict[str, int]) -> Caption:
@@ -142,7 +146,7 @@ def caption_image_beam_search(encoder: Encoder, decoder: DecoderWithAttention, i
 @torch.inference_mode()
 def caption_paths(encoder: Encoder, decoder: DecoderWithAttention, paths: Sequence[str | Path | Image.Image],
                   word_map: dict[str, int], beam_size: int = 5, max_len: int = 51, n_best: int = 1,
-                  precision: str = "float32") -> list[list[Hypothesis]]:
+                  precision: str = "float32", length_penalty: float = 0.0) -> list[list[Hypothesis]]:
     """For each picture its n best captions, as the search finds them. Raises InputError where one cannot be read."""
     encoder.eval()
     decoder.eval()
@@ -151,7 +155,7 @@ def caption_paths(encoder: Encoder, decoder: DecoderWithAttention, paths: Sequen
     with autocast(device, precision):
         features = encode(encoder, images, device)                              # (N, h, w, C)
         return decoder.beam_search(features, word_map, beam_size, max_len, n_best=n_best,
-                                   pooling=encoder.pooling(features))
+                                   pooling=encoder.pooling(features), length_penalty=length_penalty)
 
 
 def to_grid(alphas: Tensor) -> Tensor:
@@ -214,9 +218,10 @@ def light(alpha: np.ndarray) -> Image.Image:
     return Image.fromarray((255 * (DARK + (1 - DARK) * alpha / alpha.max())).astype(np.uint8))
 
 
-def panel(picture: Image.Image, words: Sequence[str], now: int = 0, alpha: np.ndarray | None = None,
+def panel(picture: Image.Image, words: Sequence[str], now: int | None = None, alpha: np.ndarray | None = None,
           smooth: bool = True) -> Image.Image:
-    """A picture, lit where the model looks, over its caption: the word of now in colour, those to come pale."""
+    """A picture, lit where the model looks, over its caption: the word of now on a block of colour (large enough to
+    be among a GIF's 256 colours), those to come pale."""
     from matplotlib import get_data_path
     if alpha is not None:
         lights = light(alpha).resize(picture.size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
@@ -235,7 +240,10 @@ def panel(picture: Image.Image, words: Sequence[str], now: int = 0, alpha: np.nd
     canvas.paste(picture, ((width - picture.width) // 2, 0))
     pen = ImageDraw.Draw(canvas)
     for i, (word, place) in enumerate(zip(words, places, strict=True)):
-        pen.text(place, word, "black" if i < now else "#b4441c" if i == now else "#b8b4ae", font)
+        if i == now:
+            x, y = place
+            pen.rectangle((x - 3, y - 1, x + font.getlength(word) + 2, y + 5 * size // 4), "#b4441c")
+        pen.text(place, word, "white" if i == now else "black" if now is None or i < now else "#b8b4ae", font)
     return canvas
 
 
@@ -243,14 +251,14 @@ def write_gif(file: IO[bytes], image: str | Path | Image.Image, caption: Caption
     """The gaze moves word by word: the picture alone, a frame for each word, and the picture with all that was said."""
     picture, words = fit(image, 400), caption.words
     looks = [panel(picture, words, i, alpha, smooth) for i, alpha in enumerate(caption.alphas)]
-    first, last = (panel(picture, words, now) for now in (-1, len(words)))
+    first, last = panel(picture, words, -1), panel(picture, words)
     first.save(file, "GIF", save_all=True, append_images=[*looks, last], loop=0,
                duration=[1000, *[700] * len(looks), 2000])  # milliseconds
 
 
 def draw_sheet(images: Sequence[Image.Image], captions: Sequence[Caption], title: str) -> Image.Image:
     """Small panels of square pictures, a row for each: the picture under the title, then its first 15 words."""
-    rows = [[panel(small, [title]), *(panel(small, [word], 0, alpha) for word, alpha
+    rows = [[panel(small, [title]), *(panel(small, [word], alpha=alpha) for word, alpha
                                       in zip(caption.words[:15], caption.alphas[:15], strict=True))]
             for small, caption in zip([fit(image, 128) for image in images], captions, strict=True)]
     width, height = rows[0][0].size
@@ -364,10 +372,16 @@ def draw(path: Path, figure_path: Path, hypothesis: Hypothesis, word_map: dict[s
             figure.savefig(file, format="png", dpi=80)
 
 
+def check_length_penalty(power: float) -> None:
+    if not 0 <= power <= 2:
+        raise UsageError(f"--length_penalty {power:g}: from 0 to 2")
+
+
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions pictures, prints and returns the results."""
     if min(args.beam_size, args.batch_size, args.max_len, args.n_best) < 1 or args.n_best > args.beam_size:
         raise UsageError("--beam_size, --batch_size, --max_len and --n_best are 1 or more; --n_best <= --beam_size")
+    check_length_penalty(args.length_penalty)
     if args.json and Path(args.json).suffix.lower() in SUFFIXES | PAGES:
         raise UsageError(f"--json {args.json}: the results would overwrite a picture or a page; name another file")
     pictures = find_pictures(args.img)
@@ -380,7 +394,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     bar = progress(first_ones, "captions", "batch", len(first_ones) > 1)
     for i in bar:
         batch = pictures[i:i + args.batch_size]
-        found = caption_paths(encoder, decoder, batch, word_map, args.beam_size, args.max_len, args.n_best, precision)
+        found = caption_paths(encoder, decoder, batch, word_map, args.beam_size, args.max_len, args.n_best, precision,
+                              args.length_penalty)
         for j, (path, hypotheses) in enumerate(zip(batch, found, strict=True), i):
             captions = [to_caption(each, word_map) for each in hypotheses]
             results.append({"image": str(path), "captions": [

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from caption import PAGES, Captioner, caption_images, html_figure, write_page
+from caption import PAGES, Captioner, caption_images, check_length_penalty, html_figure, write_page
 from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
 from utils import (
@@ -69,6 +69,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("search").add_argument
     add("--beam_size", type=int, nargs="+", default=[1, 3, 5], metavar="K", help="one row each (default: 1 3 5)")
     add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
+    add("--length_penalty", type=float, default=0.0, metavar="P",
+        help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
     add = parser.add_argument_group("results").add_argument
     add("--json", nargs="?", const="-", metavar="FILE", help="scores as JSON, into a file or instead of the table")
     add("--out", metavar="DIR", help="writes the table (Markdown, JSON) and the captions in COCO's result format")
@@ -77,14 +79,16 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=32, metavar="N", help="pictures searched at once (default: 32)")
     add("--workers", type=int, metavar="N", help="processes reading pictures (default: 1 for a GPU, 0 on a CPU)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
+    add("--precision", choices=("bfloat16", "float32"),
+        help="of matrix products (default: bfloat16 on a GPU that has it, else float32)")
     return parser
 
 
 @torch.inference_mode()
 def generate_captions(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDataset,
                       word_map: dict[str, int], beam_size: int, processes: Processes, precision: str,
-                      batch_size: int = 32, workers: int = 0, max_len: int = 51) -> list[Hypothesis]:
+                      batch_size: int = 32, workers: int = 0, max_len: int = 51,
+                      length_penalty: float = 0.0) -> list[Hypothesis]:
     """The best caption of each picture of the data set, in its order, on every process."""
     decoder.eval()
     found: list[Hypothesis] = []
@@ -93,7 +97,7 @@ def generate_captions(encoder: Encoder, decoder: DecoderWithAttention, dataset: 
         with autocast(processes.device, precision):
             features = encode(encoder, images, processes.device)                                   # (N, h, w, C)
             best = decoder.beam_search(features, word_map, beam_size, max_len, pooling=encoder.pooling(features),
-                                       with_alphas=False)
+                                       with_alphas=False, length_penalty=length_penalty)
         found += [hypotheses[0] for hypotheses in best]
     return interleave(gather(found, processes))
 
@@ -254,7 +258,8 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
     for heading, shown in (("Best by CIDEr", order[:half]), ("Worst by CIDEr", order[:half - 1:-1][:half])):
         pictures = [Image.fromarray(dataset.images[i].transpose(1, 2, 0)) for i in shown]
         # Captioned again: where the model looked is kept of these alone.
-        found = caption_images(model, pictures, args.beam_size[-1], args.max_len, 1, args.batch_size)
+        found = caption_images(model, pictures, args.beam_size[-1], args.max_len, 1, args.batch_size,
+                               args.length_penalty)
         sections[heading] = [
             html_figure(picture, f"picture {dataset.image_ids[i]}", best, f"CIDEr {cider[i]:.2f}",
                         [" ".join(words) for words in references[i]])
@@ -265,6 +270,7 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if min(args.beam_size) < 1 or args.batch_size < 1 or args.max_len < 1 or (args.workers or 0) < 0:
         raise UsageError("--beam_size, --batch_size and --max_len are 1 or more, --workers 0 or more")
+    check_length_penalty(args.length_penalty)
     if (args.out and Path(args.out).is_file()) or (args.json and Path(args.json).is_dir()):
         raise UsageError(f"--out {args.out} --json {args.json}: --out is a folder, --json a file")
     if args.gallery and Path(args.gallery).suffix.lower() not in PAGES:
@@ -288,7 +294,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     for beam_size in args.beam_size:
         started = time.perf_counter()
         found = generate_captions(encoder, decoder, dataset, word_map, beam_size, processes, precision,
-                                  args.batch_size, loader_workers(args.workers, processes.device), args.max_len)
+                                  args.batch_size, loader_workers(args.workers, processes.device), args.max_len,
+                                  args.length_penalty)
         seconds = time.perf_counter() - started
         if not first:
             continue

@@ -221,7 +221,8 @@ class History(NamedTuple):
     ended: Tensor           # (T, N, K), whether the caption ended there
     alphas: list[Tensor]    # of each step (N, K, P), by the hypotheses of the step before; or empty
 
-    def trace_back(self, last: int, unfinished: Tensor, start: int, n_best: int) -> list[list[Hypothesis]]:
+    def trace_back(self, last: int, unfinished: Tensor, start: int, n_best: int,
+                   length_penalty: float) -> list[list[Hypothesis]]:
         """The n best captions of each picture; `unfinished` (N, K) are the log-probabilities after step `last`."""
         ends: list[list[tuple[bool, float, int, int]]] = [[] for _ in unfinished]  # unfinished, -log_prob, step, place
         totals = self.totals.tolist()
@@ -241,9 +242,13 @@ class History(NamedTuple):
             alphas = torch.stack([torch.ones_like(gazes[0]), *gazes[::-1]]).float().cpu() if gazes else None
             return Hypothesis([start, *sequence[::-1]], -cost, not open_end, alphas)
 
+        def by_worth(end: tuple[bool, float, int, int]) -> tuple[bool, float, int, int]:
+            open_end, cost, t, place = end
+            return open_end, cost / (t + 1) ** length_penalty, t, place
+
         silent = Hypothesis([start], -torch.inf, False,  # nothing could be said
                             self.alphas[0].new_ones(1, self.alphas[0].size(2)).cpu() if self.alphas else None)
-        return [[read(picture, *each) for each in sorted(found)[:n_best]] or [silent]
+        return [[read(picture, *each) for each in sorted(found, key=by_worth)[:n_best]] or [silent]
                 for picture, found in enumerate(ends)]
 
 
@@ -384,7 +389,8 @@ class DecoderWithAttention(nn.Module):
     @torch.inference_mode()
     def beam_search(self, encoder_out: Tensor, word_map: dict[str, int], beam_size: int = 3, max_len: int = 51,
                     forbidden: Collection[str] = ("<start>", "<pad>", "<unk>"), n_best: int = 1,
-                    pooling: Tensor | None = None, with_alphas: bool = True) -> list[list[Hypothesis]]:
+                    pooling: Tensor | None = None, with_alphas: bool = True,
+                    length_penalty: float = 0.0) -> list[list[Hypothesis]]:
         """The most probable captions of many pictures at once.
 
         Each picture has `beam_size` hypotheses. At each step all their continuations compete, and the best go on.
@@ -399,9 +405,11 @@ class DecoderWithAttention(nn.Module):
             n_best: captions per picture, at most.
             pooling: `Encoder.pooling`, where encoder_out is `Encoder.grid`.
             with_alphas: whether to remember where the model looked.
+            length_penalty: captions compete by log-probability / words ** length_penalty, <end> counted. 0: by
+                probability alone, which favours short ones.
 
         Returns:
-            For each picture its hypotheses, the most probable first; unfinished ones come last. At least one each.
+            For each picture its hypotheses, the best first; unfinished ones come last. At least one each.
         """
         start, end, banned = word_map["<start>"], word_map["<end>"], [word_map[word] for word in forbidden]
         known = self.prepare(encoder_out.flatten(1, -2), pooling)
@@ -448,7 +456,7 @@ class DecoderWithAttention(nn.Module):
 
         unfinished = torch.full((n_pictures, beam_size), -torch.inf, device=device)
         unfinished[pictures] = total
-        return history.trace_back(t, unfinished, start, n_best)
+        return history.trace_back(t, unfinished, start, n_best, length_penalty)
 
 
 def doubly_stochastic(alphas: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
     python train.py                                        # both stages, on the GPU if there is one
     torchrun --nproc_per_node=8 train.py                   # eight GPUs, and a batch eight times as large
+    python train.py @recipes/tuned.txt                     # flags from a file; those after it win
     python train.py --checkpoint checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar             # go on
 
 Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint. Ctrl-C
@@ -80,7 +81,7 @@ WARM_UP = 100                    # steps in which --schedule cosine brings the l
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(usage="%(prog)s [FLAG ...]", description=__doc__,
+    parser = argparse.ArgumentParser(usage="%(prog)s [@FILE] [FLAG ...]", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@")  # python train.py @recipes/tuned.txt
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
@@ -124,8 +125,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--label_smoothing", type=float, default=0.0, metavar="S",
         help="share of the true word's probability that the training target gives to all words alike (default: 0)")
     add("--schedule", choices=("plateau", "cosine"), default="plateau",
-        help="learning rates fall where BLEU-4 stands still, or along half a cosine to 0 over a stage's epochs "
-        "(default: plateau)")
+        help="learning rates fall where BLEU-4 stands still, or within 100 steps rise and then along half a "
+        "cosine fall to 0 over a stage's epochs (default: plateau)")
     add("--augment", action="store_true", help="in stage 2, mirror and crop the pictures at random")
     add("--seed", type=int, default=0, metavar="N",
         help="for first weights, order of captions and dropout (default: 0)")
@@ -134,7 +135,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--checkpoint_minutes", type=float, default=15, metavar="M", help="save within an epoch too (default: 15)")
     add("--workers", type=int, metavar="N", help="processes reading pictures (default: 1 for a GPU, 0 on a CPU)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU that has it, else float32)")
+    add("--precision", choices=("bfloat16", "float32"),
+        help="of matrix products (default: bfloat16 on a GPU that has it, else float32)")
     add("--print_freq", type=int, default=100, metavar="N", help="batches between two looks at the loss (default: 100)")
     return parser
 
@@ -512,7 +514,7 @@ def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: 
     pictures, captions, lengths = batch                                         # captions (N, L) or (N / 5, 5, L)
     device, args = run.processes.device, run.args
     if args.augment and "encoder" in learner.optimizers:
-        pictures = augment(pictures)
+        pictures = augment(pictures.to(device, non_blocking=True))
     captions = captions.flatten(0, -2).to(device, non_blocking=True)            # (N, L)
     with autocast(device, run.precision):
         features = encode(learner.encoder, pictures, device)                    # (N or N / 5, h, w, C)

@@ -313,8 +313,8 @@ def draw_photos(record: dict[str, Any]) -> Image.Image:
     large, small, across = 244, 122, 5
     rows = []
     for name, said in record.items():
-        whole = panel(fit(photograph(name), large), said["words"], len(said["words"]))
-        looks = [panel(fit(photograph(name), small), [word], 0, np.array(alpha))
+        whole = panel(fit(photograph(name), large), said["words"])
+        looks = [panel(fit(photograph(name), small), [word], alpha=np.array(alpha))
                  for word, alpha in zip(said["words"], said["alphas"], strict=True)]
         below = max(each.height for each in looks)
         height = max(whole.height, math.ceil(len(looks) / across) * below)

@@ -98,6 +98,18 @@ def test_a_gif_goes_through_the_words(tmp_path: Path) -> None:
     assert red[0] == red[4] == 0 < min(red[1:4])
 
 
+def test_the_word_of_now_keeps_its_colour_among_a_gifs_256(tmp_path: Path) -> None:
+    """Text alone has so few pixels that the picture's own colours took its place."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 160, (300, 400, 3), dtype=np.uint8))
+    with open(tmp_path / "x.gif", "wb") as file:
+        write_gif(file, noise, gaze("a dog runs", (0, 0), (2, 3), (3, 0)))
+    with Image.open(tmp_path / "x.gif") as gif:
+        for i in (1, 2, 3):
+            gif.seek(i)
+            text = np.asarray(gif.convert("RGB").crop((0, 300, 400, gif.height))).astype(int)
+            assert (np.abs(text - (180, 68, 28)).max(-1) < 40).sum() > 100
+
+
 @pytest.mark.parametrize("word", ["line\nbreak", "\ud800", "W" * 300, "naïve", ""])
 @pytest.mark.parametrize("size", [(400, 2), (2, 400)])
 def test_any_word_and_shape_can_be_drawn(word: str, size: tuple[int, int], tmp_path: Path) -> None:

@@ -235,11 +235,13 @@ def test_first_weights_are_small() -> None:
     assert not decoder.fc.bias.any()
 
 
-def test_a_wide_beam_finds_the_best_of_all_captions() -> None:
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7, 2.0])
+def test_a_wide_beam_finds_the_best_of_all_captions(length_penalty: float) -> None:
     """Against every sentence of up to three words that there is, forbidden words left out."""
     decoder, features = random_decoder(1)
     speakable = [WORDS["a"], WORDS["b"]]
-    for picture, found in zip(features, decoder.beam_search(features, WORDS, 40, max_len=4, n_best=5), strict=True):
+    search = decoder.beam_search(features, WORDS, 40, max_len=4, n_best=5, length_penalty=length_penalty)
+    for picture, found in zip(features, search, strict=True):
         scored = []
         for length in range(4):
             for middle in itertools.product(speakable, repeat=length):
@@ -249,7 +251,7 @@ def test_a_wide_beam_finds_the_best_of_all_captions() -> None:
                     total += scores[word].item()
                     words.append(word)
                 scored.append((total, words))
-        scored.sort(reverse=True)
+        scored.sort(key=lambda each: each[0] / (len(each[1]) - 1) ** length_penalty, reverse=True)
         assert [each.sequence for each in found] == [words for _, words in scored[:5]]
         assert [each.log_prob for each in found] == pytest.approx([total for total, _ in scored[:5]], abs=1e-4)
 

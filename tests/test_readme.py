@@ -52,8 +52,8 @@ def test_every_command_has_flags_that_exist(command: str, monkeypatch: pytest.Mo
 def test_every_other_command_is_known() -> None:
     others = [each for each in COMMANDS if ".py" not in each]
     assert {each.split(" -r")[0] for each in others} == {
-        "make demo", "make test", "python3 -m venv .venv && source .venv/bin/activate", "pip install",
-        "python -m pytest"}
+        "make demo", "make test", "source .venv/bin/activate", "python3 -m venv .venv && source .venv/bin/activate",
+        "pip install", "python -m pytest"}
     lists = [path for each in others for path in re.findall(r"-r (\S+)", each)]
     assert len(lists) == 3
     assert [path for path in lists if not (REPOSITORY / path).is_file()] == []
@@ -70,6 +70,11 @@ def test_the_commands_on_photographs_run(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "holiday").mkdir()
     for name in ("photo.jpg", "holiday/1.jpg", "holiday/2.jpg"):
         Image.open(tmp_path / "train2014" / "shapes_test_0000.png").save(tmp_path / name)
+    output = tmp_path / "demo" / "output"  # the model of the demo is here the one that is trained below
+    output.mkdir(parents=True)
+    model = tmp_path / "BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar"
+    (output / f"BEST_checkpoint_{demo.demo.NAME}.pth.tar").symlink_to(model)
+    shutil.copytree(tmp_path / "train2014", output / "shapes" / "images")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)  # METEOR's Java would take most of the time
 
@@ -79,7 +84,7 @@ def test_the_commands_on_photographs_run(tmp_path: Path, monkeypatch: pytest.Mon
     for command in dict.fromkeys(ran):
         assert run(command)
     written = re.findall(r"--(?:out|gallery) (\S+)", " ".join(ran))
-    assert len(set(written)) == 4
+    assert len(set(written)) == 5
     assert [path for path in written if not Path(path).stat().st_size] == []
 
 
