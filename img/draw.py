@@ -111,6 +111,7 @@ def draw_encoder(_: dict[str, Any]) -> Figure:
         write(axes, x, 0.95, f"{name}\n{channels} x {pixels} x {pixels}", 10)
     slab(axes, 9.35, 2.15, 0.7, 0.36 * math.log2(14) - 0.6, BLUE)
     write(axes, 9.7, 0.95, "features\n14 x 14 x 2048", 10, weight="bold")
+    write(axes, 9.7, 0.45, "(channels last)", 10, QUIET)
     for start, end in ((1.75, 2.0), (2.8, 3.15), (4.1, 4.5), (5.4, 5.8), (6.75, 7.1)):
         arrow(axes, (start, 2.15), (end, 2.15))
     arrow(axes, (8.25, 2.15), (9.1, 2.15))
@@ -119,6 +120,7 @@ def draw_encoder(_: dict[str, Any]) -> Figure:
         axes.plot((left, left, right, right), (0.6, 0.5, 0.5, 0.6), color=LINE, linewidth=1.3)
         write(axes, (left + right) / 2, 0.28, text, 10, QUIET)
     write(axes, 5, 3.45, "ResNet-101 without its classifier", 12, weight="bold")
+    write(axes, 5, 3.2, "channels x height x width", 10, QUIET)
     return figure
 
 
@@ -256,7 +258,7 @@ def draw_files(_: dict[str, Any]) -> Figure:
     box(axes, 1.75, 2.25, 3.0, 3.2, "", BLUE)
     picture(axes, 1.75, 2.45, 1.9, scene(SCENE)[0])
     write(axes, 1.75, 3.62, "IMAGES .hdf5", 11, weight="bold")
-    write(axes, 1.75, 1.07, "I x 3 x 256 x 256 bytes\ncaption $i$ is of picture $i$ // 5", 10)
+    write(axes, 1.75, 1.07, "M x 3 x 256 x 256 bytes\ncaption $i$ is of picture $i$ // 5", 10)
     box(axes, 6.1, 2.25, 5.0, 3.2, "", GREEN)
     write(axes, 6.1, 3.62, "CAPTIONS .json", 11, weight="bold")
     words = [["<start>", *each.split(), "<end>"] for each in scene(SCENE)[1]]
@@ -267,13 +269,13 @@ def draw_files(_: dict[str, Any]) -> Figure:
         for column in range(longest):
             index = word_map[line[column]] if column < len(line) else 0
             write(axes, 4.0 + 4.2 * column / (longest - 1), 3.15 - 0.38 * row, str(index), 11, INK if index else LINE)
-    write(axes, 6.1, 1.07, f"5 I x 52 word numbers, 0 is <pad>\n(of this picture, the first {longest} columns)", 10)
+    write(axes, 6.1, 1.07, f"5 M x 52 word numbers, 0 is <pad>\n(of this picture, the first {longest} columns)", 10)
     box(axes, 9.7, 2.25, 1.7, 3.2, "", GREEN)
     for row, line in enumerate(words):
         write(axes, 9.7, 3.15 - 0.38 * row, str(len(line)), 11)
     write(axes, 9.7, 3.62, "CAPLENS .json", 11, weight="bold")
-    write(axes, 9.7, 1.07, "5 I lengths,\n<start>, <end> too", 10)
-    examples = (*words[0][1:4], "<unk>", "<start>", "<end>", "<pad>")
+    write(axes, 9.7, 1.07, "5 M lengths,\n<start>, <end> too", 10)
+    examples = (*words[0][1:-1], "<unk>", "<start>", "<end>", "<pad>")
     shown = ", ".join(f"{word}: {word_map[word]}" for word in examples)
     box(axes, 5.4, 0.33, 10.3, 0.42, "", GREEN)
     write(axes, 0.5, 0.33, "WORDMAP .json", 11, weight="bold", ha="left", va="center_baseline")

@@ -422,7 +422,7 @@ def test_stale_features_are_never_used(copied):
 
 
 def test_an_interrupted_file_of_features_is_gone_on_with(copied, monkeypatch):
-    """What is on the disk is not encoded again; a torn picture at its end is."""
+    """Whole batches on the disk are not encoded again; what follows them at its end is, to be the same bits."""
     encoder, grid = Encoder(4, ENCODER), Encoder.grid
     encoded: list[int] = []
 
@@ -440,7 +440,7 @@ def test_an_interrupted_file_of_features_is_gone_on_with(copied, monkeypatch):
     [partial] = copied.path.parent.glob(".*FEATURES*")
     size = partial.stat().st_size // 4
     with open(partial, "ab") as file:
-        file.write(b"torn")
+        file.write(bytes(size) + b"torn")
     keep_features(copied, encoder, CPU, "float32", 0, show=False)
     assert encoded == [1, 2, 2, 2, 1, 2, 1]  # the first of each for the shape
     assert copied.features.path.stat().st_size == 7 * size
