@@ -37,6 +37,7 @@ from utils import (
     InputError,
     UsageError,
     autocast,
+    check_length_penalty,
     load_checkpoint,
     printable,
     progress,
@@ -278,7 +279,7 @@ def html_figure(image: str | Path | Image.Image, name: str, captions: Sequence[C
     more = written = ""
     if others:
         rows = "".join(f"<li>{html_words(each)} <small>{each.log_prob:.2f}</small></li>" for each in others)
-        more = f'<details><summary>{len(others)} more, by log-probability</summary><ol start="2">{rows}</ol></details>'
+        more = f'<details><summary>{len(others)} more</summary><ol start="2">{rows}</ol></details>'
     if references:
         rows = "".join(f"<li>{escape(each)}</li>" for each in references)
         written = f'<ul class="people" aria-label="people wrote">{rows}</ul>'
@@ -372,11 +373,6 @@ def draw(path: Path, figure_path: Path, hypothesis: Hypothesis, word_map: dict[s
             figure.savefig(file, format="png", dpi=80)
 
 
-def check_length_penalty(power: float) -> None:
-    if not 0 <= power <= 2:
-        raise UsageError(f"--length_penalty {power:g}: from 0 to 2")
-
-
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions pictures, prints and returns the results."""
     if min(args.beam_size, args.batch_size, args.max_len, args.n_best) < 1 or args.n_best > args.beam_size:
@@ -410,9 +406,9 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                 draw(path, figures[j], hypotheses[0], word_map, args.smooth)
     if page:
         write_page(figures[0], "What the model saw", {"": shown}, args.smooth)
-    text = json.dumps(results, indent=2, ensure_ascii=False)
+    text = printable(json.dumps(results, indent=2, ensure_ascii=False))  # a file's name may hold what is no letter
     if args.json == "-":
-        print(printable(text))
+        print(text)
     elif args.json:
         with whole_file(args.json) as file:
             file.write(text + "\n")

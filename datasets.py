@@ -89,7 +89,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def normalize(images: Tensor, device: torch.device) -> Tensor:
     """Bytes (N, 3, H, W) to the floats that encoders expect, on the device."""
     images = images.to(device, non_blocking=True).float().div_(255)
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    # Made on the device: a copy to it would wait for all that it still has to do.
+    mean, std = (torch.stack([images.new_full((1, 1), value) for value in values]) for values in (MEAN, STD))
     return images.sub_(mean).div_(std)
 
 
@@ -159,20 +160,19 @@ class Features:
     def __init__(self, path: Path, n_images: int, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.path, self.shape, self.dtype = path, (n_images, *shape), dtype
         self.n_bytes = math.prod(self.shape) * dtype.itemsize
-        self._open: Tensor | None = None
+        self._open: np.memmap | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, i: int) -> Tensor:
         if self._open is None:
-            try:
-                numbers = torch.from_file(str(self.path), size=math.prod(self.shape), dtype=self.dtype)
-            except RuntimeError as error:
+            try:  # read-only: Linux refuses a writable map that is larger than its memory
+                self._open = np.memmap(self.path, np.uint8, "r", shape=(len(self), self.n_bytes // len(self)))
+            except (OSError, ValueError) as error:
                 raise InputError(f"{self.path} cannot be read any more ({error}); go on from the last checkpoint, "
                                  "which makes it again") from error
-            self._open = numbers.view(self.shape)
-        return self._open[i]
+        return torch.from_numpy(np.array(self._open[i])).view(self.dtype).view(self.shape[1:])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}  # a worker process maps the file itself

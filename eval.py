@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from caption import PAGES, Captioner, caption_images, check_length_penalty, html_figure, write_page
+from caption import PAGES, Captioner, caption_images, html_figure, write_page
 from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
 from utils import (
@@ -41,6 +41,7 @@ from utils import (
     UsageError,
     autocast,
     broadcast,
+    check_length_penalty,
     gather,
     load_checkpoint,
     loader_workers,
@@ -150,8 +151,8 @@ def measure(scores: PackedSequence, captions: Tensor, decode_lengths: list[int],
     targets = pack_padded_sequence(captions[:, 1:], decode_lengths, batch_first=True).data  # (words,)
     cross_entropy = F.cross_entropy(predicted.float(), targets, reduction="sum", label_smoothing=label_smoothing)
     top5 = (predicted.topk(min(5, predicted.size(1)), dim=1).indices == targets.unsqueeze(1)).sum()
-    sums = torch.stack([cross_entropy, doubly_stochastic(alphas.float()).sum(), top5.float()])
-    return torch.cat([sums, sums.new_tensor([len(targets), len(captions)])])
+    counts = (cross_entropy.new_full((), count) for count in (len(targets), len(captions)))
+    return torch.stack([cross_entropy, doubly_stochastic(alphas.float()).sum(), top5.float(), *counts])
 
 
 def forced_bleu(dataset: CaptionDataset, forced: list[list[list[int]]], word_map: dict[str, int]) -> float:
@@ -264,7 +265,8 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
             html_figure(picture, f"picture {dataset.image_ids[i]}", best, f"CIDEr {cider[i]:.2f}",
                         [" ".join(words) for words in references[i]])
             for i, picture, best in zip(shown, pictures, found, strict=True)]
-    write_page(args.gallery, f"{args.data_name}, {args.split}, beam {args.beam_size[-1]}", sections)
+    write_page(args.gallery, f"{args.data_name}, {args.split}, beam {args.beam_size[-1]}"
+               + f", length penalty {args.length_penalty:g}" * bool(args.length_penalty), sections)
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -301,8 +303,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         captions = [words_of(each.sequence, word_map) for each in found]
         unfinished = sum(not each.finished for each in found) / len(found)
-        rows.append({"beam": beam_size, **score(references, captions), "unfinished": unfinished, "seconds": seconds,
-                     "images/s": len(found) / seconds})
+        rows.append({"beam": beam_size, "length penalty": args.length_penalty, **score(references, captions),
+                     "unfinished": unfinished, "seconds": seconds, "images/s": len(found) / seconds})
         sentences = [" ".join(words) for words in captions]
         for warning in (warn_if_collapsed(sentences), warn_if_endless(unfinished, beam_size)):
             if warning:

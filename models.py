@@ -357,8 +357,9 @@ class DecoderWithAttention(nn.Module):
         """
         features = encoder_out.flatten(1, -2)                                   # (pictures, S, C)
         lengths, order = caption_lengths.squeeze(1).sort(descending=True, stable=True)
-        captions, decode_lengths = encoded_captions[order], (lengths - 1).tolist()
-        picture = order * len(features) // len(order)                           # (N,), of each caption
+        rows = order.to(features.device, non_blocking=True)
+        captions, decode_lengths = encoded_captions[rows], (lengths - 1).tolist()
+        picture = rows * len(features) // len(order)                            # (N,), of each caption
 
         known = self.prepare(features, pooling)
         features, projected = known.features[picture], known.projected[picture]

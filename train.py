@@ -13,6 +13,7 @@ and SIGTERM save one too, and say how to go on. Started like this, it goes on by
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import math
 import os
@@ -224,8 +225,9 @@ def find_own_place(args: argparse.Namespace, processes: Processes) -> None:
         there = output_path(args, "checkpoint_")
         if restarted and there.exists() and (load_checkpoint(there)["training"] or {}).get("launch") == launch():
             args.checkpoint = str(there)
-        if there.exists() and not args.checkpoint:
-            refusal = (f"{there} holds a run already: go on with --checkpoint {there}, or name another "
+        held = [each for each in (there, output_path(args, "BEST_checkpoint_")) if each.exists()]
+        if held and not args.checkpoint:
+            refusal = (f"{held[0]} holds a run already: go on with --checkpoint {held[0]}, or name another "
                        "--output_folder for a new one")
         elif there.exists() and there.resolve().parent != Path(args.checkpoint).resolve().parent:
             refusal = f"{there} belongs to another run than {args.checkpoint}; name another --output_folder"
@@ -289,10 +291,13 @@ def first_checkpoint(run: Run) -> dict[str, Any] | None:
     if start["training"]:
         if start["training"]["stage"] == 2 and run.args.stage == "1":
             raise InputError(f"{run.args.checkpoint} is in stage 2 already; go on without --stage 1")
-        keep_best(run, start)
+        if run.processes.rank == 0:
+            keep_best(run.args)
         harmless = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "stage",
                     "print_freq", "epochs", "encoder", "encoder_weights", "encoded_image_size", "embeddings", "emb_dim",
                     "attention_dim", "decoder_dim"}  # the model's own come from the checkpoint
+        if run.args.schedule == "cosine" or run.args.scheduled_sampling:
+            harmless -= {"epochs"}  # on which each step's rate or probability depends
         before = start["training"]["args"]
         if before["freeze_embeddings"] != run.args.freeze_embeddings:  # who learns
             raise InputError(f"{run.args.checkpoint} was made with --freeze_embeddings {before['freeze_embeddings']}; "
@@ -316,14 +321,16 @@ def batches_of(args: dict[str, Any], stage: int, world_size: int) -> dict[str, A
             "--seed": args["seed"], "processes": world_size}
 
 
-def keep_best(run: Run, start: dict[str, Any]) -> None:
+def keep_best(args: argparse.Namespace) -> None:
     """Brings the best checkpoint along into a new output folder, where no later epoch may be better."""
-    best = output_path(run.args, "BEST_checkpoint_")
-    if run.processes.rank == 0 and not best.exists():
-        source = Path(run.args.checkpoint).with_name(best.name)
-        content = (source if source.is_file() else Path(run.args.checkpoint)).read_bytes()
+    best = output_path(args, "BEST_checkpoint_")
+    source = Path(args.checkpoint).with_name(best.name)
+    source = source if source.is_file() else Path(args.checkpoint)
+    if not best.exists():
         with whole_file(best, "wb") as file:
-            file.write(content)
+            file.write(source.read_bytes())
+    elif not output_path(args, "checkpoint_").exists() and not filecmp.cmp(source, best, shallow=False):
+        raise InputError(f"{best} belongs to another run than {args.checkpoint}; name another --output_folder")
 
 
 def read_checkpoint(path: str | Path, run: Run) -> dict[str, Any]:
@@ -385,9 +392,9 @@ def of_stage(values: list[Any], stage: int) -> Any:
     return values[min(stage, len(values)) - 1]
 
 
-def learning_rates(args: argparse.Namespace, stage: int) -> dict[str, float]:
+def learning_rates(args: dict[str, Any], stage: int) -> dict[str, float]:
     """By optimizer, as the flags want them at a stage's beginning."""
-    return {"decoder": of_stage(args.decoder_lr, stage), "encoder": args.encoder_lr}
+    return {"decoder": of_stage(args["decoder_lr"], stage), "encoder": args["encoder_lr"]}
 
 
 def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
@@ -403,15 +410,16 @@ def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
     decoder.fine_tune_embeddings(not args.freeze_embeddings)
     encoder, decoder = encoder.to(processes.device), decoder.to(processes.device)
     broadcast_tensors([*encoder.state_dict().values(), *decoder.state_dict().values()], processes)
-    rates = learning_rates(args, stage)
+    rates = learning_rates(vars(args), stage)
     learning: dict[str, torch.nn.Module] = {"decoder": decoder} | ({"encoder": encoder} if stage == 2 else {})
     optimizers: dict[str, torch.optim.Optimizer] = {
         name: torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=rates[name], fused=True)
         for name, model in learning.items()}
-    states = start["training"]["optimizers"] if start and start["training"] else {}
-    for name in optimizers.keys() & states.keys():
-        optimizers[name].load_state_dict(states[name])  # with its learning rate, unless another was asked for
-        if getattr(args, f"{name}_lr") != start["training"]["args"][f"{name}_lr"]:
+    before = start["training"] if start else None
+    for name in optimizers.keys() & (before["optimizers"] if before else {}):
+        optimizers[name].load_state_dict(before["optimizers"][name])
+        wanted = learning_rates(before["args"], before["stage"])[name], before["args"].get("schedule", args.schedule)
+        if wanted != (rates[name], args.schedule):  # else as far down as it was
             optimizers[name].param_groups[0]["lr"] = rates[name]
     return Learner(encoder, decoder, optimizers, arguments)
 
@@ -462,8 +470,8 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
     args, stage, epoch = run.args, state["stage"], state["epoch"]
     sampler.epoch, sampler.first_step = epoch, state["step"]
     learner.decoder.train()
-    sums = torch.tensor(state["sums"], dtype=torch.float64, device=run.processes.device)
-    unseen: list[Tensor] = []  # each batch's own sums, since one last looked at them
+    sums = state["sums"]
+    unseen: list[Tensor] = []  # each batch's own, not yet added
     saved = ready = time.monotonic()
     resumed, began, waited = ready, ready - state["seconds"], 0.0
     bar = progress(None, f"stage {stage}, epoch {epoch + 1}", "batch", run.processes.rank == 0, total=sampler.steps,
@@ -474,39 +482,41 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
             # Seeded by its place, a step draws the same dropout whether or not the run was interrupted before it.
             torch.manual_seed(zlib.crc32(repr((args.seed, stage, epoch, step, run.processes.rank)).encode()))
             if args.schedule == "cosine":
-                set_cosine_rates(learner, learning_rates(args, stage), epoch * sampler.steps + step,
-                                 epochs * sampler.steps)
+                for name, rate in learning_rates(vars(args), stage).items():
+                    if name in learner.optimizers:
+                        learner.optimizers[name].param_groups[0]["lr"] = rate * cosine(
+                            epoch * sampler.steps + step, epochs * sampler.steps)
             unseen.append(train_step(run, learner, batch, sampling, sampler.counts(step)))
-            sums += unseen[-1]
             bar.update()
             ready = time.monotonic()
             stopped = first_signal(run.processes)
             last = step + 1 == sampler.steps  # validation takes a while, too
             due = stopped or last or ready - saved > 60 * args.checkpoint_minutes
             if due or step % args.print_freq == 0:
-                look_at(unseen, step, state, args.alpha_c)
-                seen, seconds = sums.tolist(), ready - began  # this waits for the GPU, so it is done rarely
-                bar.set_postfix({"loss": f"{loss_of(seen, args.alpha_c):.3f}",
-                                 "captions/s": f"{seen[4] / seconds:.0f}",
+                for i, each in enumerate(torch.stack(unseen).tolist(), step + 2 - len(unseen)):  # waits for the GPU
+                    loss_of(each, args.alpha_c, f"stage {stage}, epoch {epoch + 1}, batch {i}: ")
+                    sums = [total + value for total, value in zip(sums, each, strict=True)]
+                unseen, seconds = [], time.monotonic() - began
+                bar.set_postfix({"loss": f"{loss_of(sums, args.alpha_c):.3f}",
+                                 "captions/s": f"{sums[4] / seconds:.0f}",
                                  "waiting for data": f"{waited / (ready - resumed):.0%}"})
             if due:
-                save(run, learner, {**state, "step": step + 1, "sums": seen, "seconds": seconds})
+                save(run, learner, {**state, "step": step + 1, "sums": sums, "seconds": seconds})
                 saved = time.monotonic()
             if stopped:
                 first_signal(run.processes)  # waits until the first process has saved
                 raise Stopped(stopped)
     if SIGNALS:
         raise Stopped(SIGNALS[0])
-    loss, seconds = loss_of(sums.tolist(), args.alpha_c), time.monotonic() - began
-    return {"stage": stage, "epoch": epoch + 1, "train_loss": loss, "captions_per_second": len(run.train) / seconds,
-            "seconds": seconds, "decoder_lr": learner.optimizers["decoder"].param_groups[0]["lr"]}
+    seconds = time.monotonic() - began
+    return {"stage": stage, "epoch": epoch + 1, "train_loss": loss_of(sums, args.alpha_c),
+            "captions_per_second": len(run.train) / seconds, "seconds": seconds,
+            "decoder_lr": learner.optimizers["decoder"].param_groups[0]["lr"]}
 
 
-def set_cosine_rates(learner: Learner, rates: dict[str, float], step: int, steps: int) -> None:
-    """Learning rates at a step of a stage: up in a line, then down to 0 along half a cosine (arXiv 1608.03983)."""
-    for name, optimizer in learner.optimizers.items():
-        factor = min((step + 1) / WARM_UP, (1 + math.cos(math.pi * step / steps)) / 2)
-        optimizer.param_groups[0]["lr"] = factor * rates[name]
+def cosine(step: int, steps: int) -> float:
+    """Share of the learning rate at a step of a stage: up in a line, down along half a cosine (arXiv 1608.03983)."""
+    return min((step + 1) / WARM_UP, (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: float, counts: bool) -> Tensor:
@@ -565,13 +575,6 @@ def loss_of(sums: list[float], alpha_c: float, where: str = "") -> float:
         raise InputError(f"{where}the loss is {words + attention} (of words {words}, of attention {attention}): is a "
                          "learning rate too high? The last checkpoint is good; go on from it with a lower one")
     return words + attention
-
-
-def look_at(unseen: list[Tensor], step: int, state: dict[str, Any], alpha_c: float) -> None:
-    """Looks at the sums of the batches up to this step, names the first whose loss is no number, and forgets them."""
-    for i, sums in enumerate(torch.stack(unseen).tolist(), step + 1 - len(unseen)):
-        loss_of(sums, alpha_c, f"stage {state['stage']}, epoch {state['epoch'] + 1}, batch {i + 1}: ")
-    unseen.clear()
 
 
 def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = False) -> None:

@@ -43,6 +43,11 @@ class UsageError(InputError):
     """Flags that cannot be meant, whatever the files hold."""
 
 
+def check_length_penalty(power: float) -> None:
+    if not 0 <= power <= 2:
+        raise UsageError(f"--length_penalty {power:g}: from 0 to 2")
+
+
 class Stopped(KeyboardInterrupt):
     """SIGINT (Ctrl-C) or SIGTERM asks this process to end; its argument is the signal's number."""
 
@@ -235,6 +240,7 @@ def setup_processes(device: str | None, precision: str | None) -> tuple[Processe
     """
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default
                                     in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    chosen = device
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda":
@@ -243,7 +249,8 @@ def setup_processes(device: str | None, precision: str | None) -> tuple[Processe
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: PyTorch cannot use it here ({reason}); leave the flag out") from error
+        instead = "leave the flag out" if device else "take --device cpu, or fewer processes"
+        raise InputError(f"--device {device or chosen}: PyTorch cannot use it here ({reason}); {instead}") from error
     if chosen.type == "cpu":
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
@@ -363,7 +370,8 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None) ->
         raise InputError(f"{path}: the model knows {state['model']['vocab_size']} words, the word map has "
                          f"{len(state['word_map'])}; give the word map that the model was trained with")
     check_word_map(state["word_map"], path)
-    return state
+    return state | {name: state.get(name, nothing)  # what was stripped from it for publishing
+                    for name, nothing in (("preprocessing", None), ("scores", {}), ("training", None))}
 
 
 def _is_whole(value: Any) -> bool:

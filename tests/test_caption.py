@@ -220,6 +220,16 @@ def test_json_in_a_file_or_instead_of_lines(run, pictures, capsys):
     assert list(results[0]["captions"][0]) == ["caption", "log_prob", "finished"]
 
 
+def test_a_name_that_is_no_text_loses_no_results(run, pictures):
+    odd = Path(os.fsdecode(b"caf\xe9.png"))
+    shutil.copy(pictures[0], odd)
+    results = run("--img", str(odd), pictures[0], "--json", "captions.json")
+    (first, second) = json.loads(Path("captions.json").read_text())
+    assert second == results[1]
+    assert first["captions"] == results[0]["captions"]
+    assert first["image"] == "caf\udce9.png"
+
+
 @pytest.mark.parametrize("out, count, files", [
     ("figure.png", 1, ["figure.png"]), ("deep/figure.PNG", 1, ["deep/figure.PNG"]),
     ("folder", 1, ["folder/{}_attention.png"]), ("v1.2", 3, ["v1.2/{}_attention.png"] * 3),

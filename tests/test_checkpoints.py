@@ -612,3 +612,12 @@ def test_a_damaged_old_file_is_read_or_refused(data, tmp_path_factory):
         assert str(path) in str(error) and "\n" not in str(error)
     else:
         assert set(loaded["model"].values()) <= {14, 2, 3, 4, 11, 0.5, "resnet18", 1}
+
+
+def test_a_checkpoint_stripped_for_publishing_loads(tmp_path):
+    """Without what only a resume needs."""
+    state = {name: value for name, value in our_state().items() if name not in {"training", "scores", "preprocessing"}}
+    save_checkpoint(tmp_path / "x.pth.tar", state)
+    loaded = load_checkpoint(tmp_path / "x.pth.tar")
+    assert (loaded["training"], loaded["scores"], loaded["preprocessing"]) == (None, {}, None)
+    assert loaded["word_map"] == state["word_map"]

@@ -449,6 +449,19 @@ def test_an_interrupted_file_of_features_is_gone_on_with(copied, monkeypatch):
     torch.testing.assert_close(kept, encode(encoder, torch.stack([copied.picture(i) for i in range(7)]), CPU))
 
 
+def test_features_may_be_larger_than_memory(tmp_path):
+    """A file with holes, which takes no space."""
+    size = 256 * 2048
+    features = datasets.Features(tmp_path / "features.bin", 10 ** 6, (1, 256, 2048), torch.bfloat16)
+    with open(features.path, "wb") as file:
+        file.truncate(features.n_bytes)
+        file.seek((10 ** 6 - 1) * 2 * size)
+        file.write(torch.full((size,), 3.0, dtype=torch.bfloat16).view(torch.uint8).numpy())
+    assert features.n_bytes > 10 ** 12
+    assert torch.equal(features[10 ** 6 - 1], torch.full((1, 256, 2048), 3.0, dtype=torch.bfloat16))
+    assert not features[0].any()
+
+
 def test_features_that_do_not_fit_on_the_disk_are_refused(copied, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match=r"leave out --cache_features"):

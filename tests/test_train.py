@@ -434,3 +434,32 @@ def test_flags_are_the_tutorials_with_its_defaults() -> None:
         "epochs": [20, 120], "batch_size": [80, 32], "checkpoint_minutes": 15}
     assert {name: values[name] for name in expected} == expected
     assert train.get_parser().parse_args(["--fine_tune_encoder"]).stage == "2"
+
+
+def test_each_stage_has_its_own_rate_without_a_schedule_too(prepared: Prepared, tmp_path: Path) -> None:
+    rows = run(prepared, tmp_path, "--decoder_lr", 0.01, 0.002, "--epochs", 1, 2)
+    assert [row["decoder_lr"] for row in rows] == [0.01, 0.002, 0.002]
+    (*_, last) = run(prepared, tmp_path, "--decoder_lr", 0.01, 0.002, "--epochs", 1, 3, "--checkpoint",
+                     tmp_path / f"checkpoint_{prepared.name}.pth.tar")
+    assert last["decoder_lr"] == 0.002
+
+
+def test_the_best_checkpoint_of_another_run_is_neither_overwritten_nor_gone_on_with(prepared: Prepared, straight: Path,
+                                                                                    tmp_path: Path) -> None:
+    name = f"BEST_checkpoint_{prepared.name}.pth.tar"
+    (tmp_path / name).write_bytes(b"of somebody else")
+    with pytest.raises(InputError, match=f"{name} holds a run already"):
+        run(prepared, tmp_path)
+    with pytest.raises(InputError, match=f"{name} belongs to another run"):
+        run(prepared, tmp_path, "--checkpoint", straight / f"checkpoint_{prepared.name}.pth.tar")
+    assert (tmp_path / name).read_bytes() == b"of somebody else"
+    shutil.copy(straight / name, tmp_path / name)  # the run's own, that an earlier start brought along
+    run(prepared, tmp_path, "--checkpoint", straight / f"checkpoint_{prepared.name}.pth.tar")
+
+
+def test_another_number_of_epochs_is_said_where_rates_depend_on_it(prepared: Prepared, tmp_path: Path,
+                                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    there = tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 1, "--schedule", "cosine")
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 2, "--schedule", "cosine", "--checkpoint", there)
+    assert "going on with other flags than before: --epochs [2] (was [1])" in capsys.readouterr().out

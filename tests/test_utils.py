@@ -84,6 +84,8 @@ def test_only_the_first_line_of_pytorchs_reason_is_shown(monkeypatch):
     monkeypatch.setattr(torch, "zeros", fail)
     with pytest.raises(InputError, match=r"^--device cpu: .*\(CUDA error: out of memory\); leave the flag out$"):
         setup_processes("cpu", None)
+    with pytest.raises(InputError, match=r"^--device cpu: .*\); take --device cpu, or fewer processes$"):
+        setup_processes(None, None)  # a flag that nobody gave cannot be left out
 
 
 @pytest.mark.usefixtures("alone")
