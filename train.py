@@ -79,6 +79,7 @@ from utils import (
 PATIENCE = 20                    # a stage ends after so many epochs without a better BLEU-4
 DECAY_EVERY, DECAY = 8, 0.8      # the learning rates shrink after so many, by this factor
 WARM_UP = 100                    # steps in which --schedule cosine brings the learning rates up
+UNBEGUN = {"step": 0, "sums": [0.0] * 5, "seconds": 0.0}  # of an epoch: batches seen, what `measure` gave, time
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -305,7 +306,7 @@ def first_checkpoint(run: Run) -> dict[str, Any] | None:
         stood, stands = (batches_of(args, start["training"]["stage"], world_size) for args, world_size in (
             (before, start["training"]["world_size"]), (vars(run.args), run.processes.world_size)))
         if start["training"]["step"] and stood != stands:
-            start["training"] |= {"step": 0, "sums": [0.0] * 5, "seconds": 0.0}
+            start["training"] |= UNBEGUN
             others = ", ".join(name for name in stood if stood[name] != stands[name])
             run.say(f"its batches were others ({others}), so epoch {start['training']['epoch'] + 1} begins again")
         changed = [f"--{name} {value} (was {before[name]})" for name, value in vars(run.args).items()
@@ -368,7 +369,7 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
         row |= validate_epoch(run, learner, batch_size)
         row["seconds"] += row.pop("val_seconds")
         improved = row["bleu4"] > state["best_bleu4"]
-        state |= {"epoch": state["epoch"] + 1, "step": 0, "sums": [0.0] * 5, "seconds": 0.0,
+        state |= {**UNBEGUN, "epoch": state["epoch"] + 1,
                   "epochs_since_improvement": 0 if improved else state["epochs_since_improvement"] + 1,
                   "best_bleu4": max(row["bleu4"], state["best_bleu4"]), "log": [*state["log"], row]}
         if not improved and state["epochs_since_improvement"] % DECAY_EVERY == 0:
@@ -460,8 +461,8 @@ def stage_state(stage: int, start: dict[str, Any] | None) -> dict[str, Any]:
     if before["stage"] == stage:
         others = {"optimizers", "args", "world_size", "launch"}
         return {name: value for name, value in before.items() if name not in others}
-    return {"stage": stage, "epoch": 0, "step": 0, "sums": [0.0] * 5, "seconds": 0.0, "epochs_since_improvement": 0,
-            "best_bleu4": before["best_bleu4"], "log": before["log"]}
+    return {**UNBEGUN, "stage": stage, "epoch": 0, "epochs_since_improvement": 0, "best_bleu4": before["best_bleu4"],
+            "log": before["log"]}
 
 
 def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSampler, state: dict[str, Any],
@@ -470,7 +471,7 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
     args, stage, epoch = run.args, state["stage"], state["epoch"]
     sampler.epoch, sampler.first_step = epoch, state["step"]
     learner.decoder.train()
-    sums = state["sums"]
+    sums, rates = state["sums"], learning_rates(vars(args), stage)
     unseen: list[Tensor] = []  # each batch's own, not yet added
     saved = ready = time.monotonic()
     resumed, began, waited = ready, ready - state["seconds"], 0.0
@@ -482,10 +483,9 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
             # Seeded by its place, a step draws the same dropout whether or not the run was interrupted before it.
             torch.manual_seed(zlib.crc32(repr((args.seed, stage, epoch, step, run.processes.rank)).encode()))
             if args.schedule == "cosine":
-                for name, rate in learning_rates(vars(args), stage).items():
-                    if name in learner.optimizers:
-                        learner.optimizers[name].param_groups[0]["lr"] = rate * cosine(
-                            epoch * sampler.steps + step, epochs * sampler.steps)
+                share = cosine(epoch * sampler.steps + step, epochs * sampler.steps)
+                for name, optimizer in learner.optimizers.items():
+                    optimizer.param_groups[0]["lr"] = share * rates[name]
             unseen.append(train_step(run, learner, batch, sampling, sampler.counts(step)))
             bar.update()
             ready = time.monotonic()
