@@ -79,7 +79,7 @@ def looks(hypothesis: Hypothesis, words: Sequence[str], objects: Sequence[dict])
 
 
 def examine(folder: Path) -> dict[str, float]:
-    """BLEU-4 on the test scenes, of the model and of the model shown other scenes; and where it looked."""
+    """BLEU-4 on the test scenes, and with the captions of other ones; and where it looked."""
     keep_freed_memory()
     checkpoint = load_checkpoint(folder / f"BEST_checkpoint_{NAME}.pth.tar")
     encoder, decoder = build_models(checkpoint)
@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     call("caption.py", "--img", shown / "shapes" / "images" / "shapes_test_0001.png", "--model", best,
          "--out", shown / "attention.png")
     found = examine(folder)
-    print(f"\nBLEU-4 on unseen scenes, greedy: {found['bleu4']:.1f}; of the same model shown other scenes: "
+    print(f"\nBLEU-4 on unseen scenes, greedy: {found['bleu4']:.1f}; of the same captions held against other scenes: "
           f"{found['bleu4_blind']:.1f}\nof {found['shape_words']} shapes it named, it looked at that shape "
           f"{found['on_object']:.0f} % of the time; by chance: {found['by_chance']:.0f} %\n"
           f"curves: {shown / f'curves_{NAME}.png'}   where it looked: {shown / 'attention.png'}   "

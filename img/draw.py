@@ -4,7 +4,7 @@
 
 Colours mean the same in all: blue the picture and its features, orange attention, green words, grey the LSTM. Curves,
 gazes and the tree of the beam search are of a real run of the demo, which record.py put into demo.json, and what is
-said of the photographs, in photos.json, a model's that was trained on Flickr8k; attention.png is caption.py's.
+said of the photographs, in photos.json, a model's that was trained on Flickr8k.
 """
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from utils import run_script, whole_file  # noqa: E402
 RECORD, PHOTOS = REPOSITORY / "img" / "demo.json", REPOSITORY / "img" / "photos.json"
 PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg")  # that scikit-image brings
 SCENE = 19  # of the demo's test split: a short caption that is right, so that a tree of it fits on a page
+LEAD = 1    # another one: the README's first picture
 INK, QUIET, LINE = "#2f3542", "#7d8797", "#b9c1cd"
 Color = tuple[str, str]  # of a panel and of its border
 BLUE, ORANGE = ("#e4edf8", "#5b7db1"), ("#fdead6", "#d0812f")
@@ -310,21 +311,23 @@ def photograph(name: str) -> Path:
     return Path(skimage.data.data_dir, name)
 
 
+def gazes(image: str | Path | Image.Image, said: dict[str, Any], large: int = 244, small: int = 122,
+          across: int = 5) -> Image.Image:
+    """A picture over its caption, and where the model looked for each word: there it is bright."""
+    whole = panel(fit(image, large), said["words"])
+    looks = [panel(fit(image, small), [word], alpha=np.array(alpha))
+             for word, alpha in zip(said["words"], said["alphas"], strict=True)]
+    below = max(each.height for each in looks)
+    row = Image.new("RGB", (large + 6 + across * small, max(whole.height, math.ceil(len(looks) / across) * below)),
+                    "white")
+    row.paste(whole, (0, 0))
+    for i, look in enumerate(looks):
+        row.paste(look, (large + 6 + i % across * small, i // across * below))
+    return row
+
+
 def draw_photos(record: dict[str, Any]) -> Image.Image:
-    """A row for each photograph: whole, over its caption, and where the model looked for each word."""
-    large, small, across = 244, 122, 5
-    rows = []
-    for name, said in record.items():
-        whole = panel(fit(photograph(name), large), said["words"])
-        looks = [panel(fit(photograph(name), small), [word], alpha=np.array(alpha))
-                 for word, alpha in zip(said["words"], said["alphas"], strict=True)]
-        below = max(each.height for each in looks)
-        height = max(whole.height, math.ceil(len(looks) / across) * below)
-        row = Image.new("RGB", (large + 6 + across * small, height), "white")
-        row.paste(whole, (0, 0))
-        for i, look in enumerate(looks):
-            row.paste(look, (large + 6 + i % across * small, i // across * below))
-        rows.append(row)
+    rows = [gazes(photograph(name), said) for name, said in record.items()]
     page = Image.new("RGB", (rows[0].width, sum(row.height + 12 for row in rows)), "white")
     y = 0
     for row in rows:
@@ -341,6 +344,8 @@ DRAWINGS = {"encoder": draw_encoder, "decoder": partial(draw_decoder, attention=
 def main(args: argparse.Namespace) -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     draw_curves(record["log"], args.out / "curves.png")
+    with whole_file(args.out / "attention.png", "wb") as file:
+        gazes(Image.fromarray(scene(LEAD)[0]), record["lead"]).quantize(256).save(file, "PNG", optimize=True)
     with whole_file(args.out / "photos.jpg", "wb") as file:
         draw_photos(json.loads(PHOTOS.read_text(encoding="utf-8"))).save(file, "JPEG", quality=72)
     for name, draw in DRAWINGS.items():

@@ -17,10 +17,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are
 
-from caption import caption_images, load, to_grid  # noqa: E402
+from caption import Captioner, caption_images, load, to_grid  # noqa: E402
 from datasets import encode, read_image, words_of  # noqa: E402
 from demo.demo import NAME  # noqa: E402
-from img.draw import PHOTOGRAPHS, PHOTOS, RECORD, SCENE, photograph  # noqa: E402
+from img.draw import LEAD, PHOTOGRAPHS, PHOTOS, RECORD, SCENE, photograph  # noqa: E402
 from models import DecoderWithAttention, build_models  # noqa: E402
 from utils import InputError, load_checkpoint, run_script, whole_file  # noqa: E402
 
@@ -93,11 +93,14 @@ def record_demo(folder: Path) -> None:
     features = encoder.adaptive_pool(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)          # (1, n, n, C)
     tree = grow(decoder, features, word_map, BEAM_SIZE)
     best = decoder.beam_search(features, word_map, BEAM_SIZE)[0][0]
+    (lead, *_), = caption_images(Captioner(encoder, decoder, word_map, "float32"),
+                                 [folder / "shapes" / "images" / f"shapes_test_{LEAD:04d}.png"], BEAM_SIZE)
     keys = ("stage", "epoch", "train_loss", "val_loss", "bleu4", "bleu4_teacher_forced")
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     content = {"log": [{key: row[key] for key in keys} for row in rows],
                "words": [*words_of(best.sequence, word_map), "<end>"],
                "alphas": rounded(to_grid(best.alphas)[1:].numpy()),
+               "lead": {"words": lead.words, "alphas": rounded(lead.alphas)},
                "tree": [[(place, word, round(total, 2), fate) for place, word, total, fate in level] for level in tree]}
     with whole_file(RECORD) as file:
         file.write(json.dumps(content) + "\n")

@@ -59,7 +59,7 @@ def test_the_demos_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     demo.demo.main(demo.demo.get_parser().parse_args(["--folder", str(tmp_path)]))
     assert len(parsed) == 4
     shown = capsys.readouterr().out
-    assert "greedy: 40.0; of the same model shown other scenes: 12.0" in shown
+    assert "greedy: 40.0; of the same captions held against other scenes: 12.0" in shown
     page, = [Path(each.gallery) for each in parsed if "gallery" in each]
     assert page.parent == tmp_path
     assert shown.splitlines()[-1].endswith(str(page))
