@@ -2,9 +2,9 @@
 
     python img/draw.py
 
-Colours mean the same in all: blue the picture and its features, orange attention, green words, grey the LSTM. Curves,
-gazes and the tree of the beam search are of a real run of the demo, which record.py put into demo.json, and what is
-said of the photographs, in photos.json, a model's that was trained on Flickr8k.
+Colours mean the same in all: blue the picture and its features, orange attention, green words, grey the LSTM. Gazes and
+the tree of the beam search are of a real run of the demo, which record.py put into demo.json; the curves, and what is
+said of the photographs, of one on Flickr8k, in photos.json.
 """
 from __future__ import annotations
 
@@ -343,11 +343,12 @@ DRAWINGS = {"encoder": draw_encoder, "decoder": partial(draw_decoder, attention=
 
 def main(args: argparse.Namespace) -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
-    draw_curves(record["log"], args.out / "curves.png")
+    photos = json.loads(PHOTOS.read_text(encoding="utf-8"))
+    draw_curves(photos["log"], args.out / "curves.png")
     with whole_file(args.out / "attention.png", "wb") as file:
         gazes(Image.fromarray(scene(LEAD)[0]), record["lead"]).quantize(256).save(file, "PNG", optimize=True)
     with whole_file(args.out / "photos.jpg", "wb") as file:
-        draw_photos(json.loads(PHOTOS.read_text(encoding="utf-8"))).save(file, "JPEG", quality=72)
+        draw_photos(photos["photos"]).save(file, "JPEG", quality=72)
     for name, draw in DRAWINGS.items():
         drawn = io.BytesIO()
         draw(record).savefig(drawn, format="png", dpi=args.dpi)

@@ -1,7 +1,7 @@
 """Takes what is real in the README's pictures from trained models, into JSON files from which draw.py draws.
 
     python img/record.py demo/output                        # a run of the demo's diagrams
-    python img/record.py --photos BEST_checkpoint_....pth.tar        # captions of scikit-image's own photographs
+    python img/record.py --photos BEST_checkpoint_....pth.tar        # the run that made it, its captions of photographs
 """
 from __future__ import annotations
 
@@ -66,10 +66,20 @@ def rounded(alphas: np.ndarray) -> list[list[list[float]]]:
     return [[[round(weight, 4) for weight in row] for row in alpha] for alpha in alphas.tolist()]
 
 
+def log_of(path: Path) -> list[dict[str, float]]:
+    """What the curves show of a run's log."""
+    keys = ("stage", "epoch", "train_loss", "val_loss", "bleu4", "bleu4_teacher_forced")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: round(row[key], 4) for key in keys} for row in rows]
+
+
 def record_photos(checkpoint: Path) -> None:
-    found = caption_images(load(checkpoint, precision="float32"), [photograph(name) for name in PHOTOGRAPHS])
-    content = {name: {"words": best.words, "alphas": rounded(best.alphas)}
-               for name, (best, *_) in zip(PHOTOGRAPHS, found, strict=True)}
+    log = checkpoint.name.replace("BEST_checkpoint_", "log_").replace(".pth.tar", ".jsonl")
+    found = caption_images(load(checkpoint, precision="float32"), [photograph(name) for name in PHOTOGRAPHS],
+                           length_penalty=0.7)
+    content = {"log": log_of(checkpoint.with_name(log)),
+               "photos": {name: {"words": best.words, "alphas": rounded(best.alphas)}
+                          for name, (best, *_) in zip(PHOTOGRAPHS, found, strict=True)}}
     with whole_file(PHOTOS) as file:
         file.write(json.dumps(content) + "\n")
 
@@ -95,9 +105,7 @@ def record_demo(folder: Path) -> None:
     best = decoder.beam_search(features, word_map, BEAM_SIZE)[0][0]
     (lead, *_), = caption_images(Captioner(encoder, decoder, word_map, "float32"),
                                  [folder / "shapes" / "images" / f"shapes_test_{LEAD:04d}.png"], BEAM_SIZE)
-    keys = ("stage", "epoch", "train_loss", "val_loss", "bleu4", "bleu4_teacher_forced")
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    content = {"log": [{key: row[key] for key in keys} for row in rows],
+    content = {"log": log_of(log),
                "words": [*words_of(best.sequence, word_map), "<end>"],
                "alphas": rounded(to_grid(best.alphas)[1:].numpy()),
                "lead": {"words": lead.words, "alphas": rounded(lead.alphas)},
