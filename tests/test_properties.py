@@ -99,7 +99,7 @@ def test_a_checkpoint_comes_back_the_same(folder, weights, training, scores):
     tensors = {name: torch.randn(shape, generator=generator).mul(9).to(dtype) for name, (shape, dtype)
                in weights.items()}
     state = {"encoder": tensors, "decoder": {**tensors}, "word_map": WORDS, "model": {"vocab_size": len(WORDS)},
-             "training": training, "scores": scores}
+             "preprocessing": None, "training": training, "scores": scores}
     save_checkpoint(folder / "x.pth.tar", state)
     found = load_checkpoint(folder / "x.pth.tar")
     assert same(found, {"format": 1, **state})
