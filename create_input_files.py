@@ -119,6 +119,7 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
     for path in sorted(ready.iterdir(), key=lambda path: path.suffix == ".hdf5"):  # these say what all is made of
         path.replace(folder / path.name)
     ready.rmdir()
+    is_done(folder, base, digest, overwrite=False)  # raises where a killed run's files were deleted since
     print_summary(pictures, word_freq, word_map, folder, base)
     return base
 

@@ -271,6 +271,19 @@ def test_the_same_input_is_reused_untouched(tmp_path, monkeypatch, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+def test_what_a_killed_run_left_and_somebody_thinned_is_no_success(tmp_path):
+    folder, base = prepare(write_set(tmp_path, few()))
+    with h5py.File(folder / f"TRAIN_IMAGES_{base}.hdf5", "r") as file:
+        ready = folder / f".{base}.{file.attrs['made_from'][:16]}.ready"
+    ready.mkdir()
+    for path in list(folder.glob("*_IMAGES_*")):
+        path.rename(ready / path.name)
+    for path in folder.glob("*.json"):
+        path.unlink()
+    with refused(f"files named {base} that are not whole", "--overwrite"):
+        prepare(tmp_path / "set.json")
+
+
 def change_a_word(folder: Path, base: str) -> None:
     write_set(folder.parent, [*few(2), image("2.png", "train", "another picture 2", "noise")])
 
