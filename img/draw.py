@@ -297,7 +297,7 @@ def draw_batches(_: dict[str, Any]) -> Figure:
         y = 0.5 * (len(captions) - row) + 0.5
         for t, word in enumerate(caption[1:]):
             box(axes, 1.45 + width * (t + 0.5), y, width - 0.08, 0.38, word, GREEN, 9.5)
-        write(axes, 0.72, y, f"{lengths[row]} words", 10, QUIET)
+        write(axes, 0.72, y, f"{lengths[row]} steps", 10, QUIET)
     for t, size in enumerate(sizes):
         x = 1.45 + width * (t + 0.5)
         write(axes, x, 0.5 * len(captions) + 1.05, f"step {t + 1}", 10, QUIET)
