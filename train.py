@@ -13,14 +13,9 @@ and SIGTERM save one too, and say how to go on. Started like this, it goes on by
 from __future__ import annotations
 
 import argparse
-import filecmp
 import json
 import math
-import os
-import platform
 import shlex
-import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -29,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -48,6 +42,19 @@ from datasets import (
 )
 from eval import bleu, measure, validate
 from models import DecoderWithAttention, Encoder, build_models
+from training.curves import draw_curves
+from training.resume import (
+    UNBEGUN,
+    check_model,
+    find_own_place,
+    how_to_go_on,
+    launch,
+    of_stage,
+    output_path,
+    read_checkpoint,
+    stage_state,
+    take_up,
+)
 from utils import (
     SIGNALS,
     InputError,
@@ -56,12 +63,9 @@ from utils import (
     UsageError,
     adjust_learning_rate,
     autocast,
-    broadcast,
     broadcast_tensors,
     first_signal,
-    gather,
     ignore_signals,
-    load_checkpoint,
     load_embeddings,
     loader_workers,
     printable,
@@ -72,14 +76,12 @@ from utils import (
     setup_processes,
     signals_to,
     sum_gradients,
-    sweep,
     whole_file,
 )
 
 PATIENCE = 20                    # a stage ends after so many epochs without a better BLEU-4
 DECAY_EVERY, DECAY = 8, 0.8      # the learning rates shrink after so many, by this factor
 WARM_UP = 100                    # steps in which --schedule cosine brings the learning rates up
-UNBEGUN = {"step": 0, "sums": [0.0] * 5, "seconds": 0.0}  # of an epoch: batches seen, what `measure` gave, time
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -186,7 +188,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         if stage < begun:
             continue
         if stage == 2 and args.stage == "both" and begun < 2:
-            start = read_checkpoint(output_path(args, "BEST_checkpoint_"), run)
+            start = read_checkpoint(output_path(args, "BEST_checkpoint_"), word_map, processes)
             start["training"]["log"] = rows  # with the epochs after the best one
         rows = run_stage(stage, start, run)
     return rows
@@ -215,132 +217,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--stage 2 fine-tunes what stage 1 trained; name its best checkpoint with --checkpoint")
 
 
-def find_own_place(args: argparse.Namespace, processes: Processes) -> None:
-    """The first process decides for all what the run goes on from, and refuses an output folder that is not its own.
-
-    Where a process fails, torchrun starts all again by the same command: that goes on from the run's own checkpoint.
-    """
-    restarted = any(gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", processes))
-    refusal = None
-    if processes.rank == 0:
-        there = output_path(args, "checkpoint_")
-        if restarted and there.exists() and (load_checkpoint(there)["training"] or {}).get("launch") == launch():
-            args.checkpoint = str(there)
-        held = [each for each in (there, output_path(args, "BEST_checkpoint_")) if each.exists()]
-        if held and not args.checkpoint:
-            refusal = (f"{held[0]} holds a run already: go on with --checkpoint {held[0]}, or name another "
-                       "--output_folder for a new one")
-        elif there.exists() and there.resolve().parent != Path(args.checkpoint).resolve().parent:
-            refusal = f"{there} belongs to another run than {args.checkpoint}; name another --output_folder"
-        else:
-            refusal = unwritable(there.parent)
-        sweep(output_path(args, "BEST_checkpoint_"))  # the other files are written, and so swept, every epoch
-        elastic = os.environ.get
-        if elastic("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and elastic("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            print("restarted processes will not find each other (PyTorch's issue 135712); start with "
-                  "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone (several nodes: --rdzv_backend=c10d)")
-    args.checkpoint, refusal = broadcast((args.checkpoint, refusal), processes)
-    if refusal:
-        raise InputError(refusal)
-
-
-def launch() -> str | None:
-    """What all processes have in common that one torchrun command starts, and starts again."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {platform.node()} {os.getppid()}"
-
-
-def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written into the folder. Better now than after the first epoch."""
-    try:
-        with tempfile.TemporaryFile(dir=next(each for each in (folder, *folder.parents) if each.exists())):
-            return None
-    except OSError as error:
-        return f"--output_folder {folder}: nothing can be written there ({error.strerror}); name another"
-
-
-def how_to_go_on(args: argparse.Namespace) -> str:
-    """What a stopped run says last: where it stands, and the command that takes it up again."""
-    there = output_path(args, "checkpoint_")
-    if not there.exists():
-        return "stopped before the first checkpoint; the same command starts again"
-    command = sys.orig_argv
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-        command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
-        command[1:1] = [f"--nnodes={nodes}", "..."] if nodes > 1 else []
-    if command[-2:] != ["--checkpoint", str(there)]:
-        command = [*command, "--checkpoint", str(there)]
-    return f"stopped; the run stands in {there}, go on with: {shlex.join(command)}"
-
-
-def output_path(args: argparse.Namespace, prefix: str, suffix: str = ".pth.tar") -> Path:
-    return Path(args.output_folder) / f"{prefix}{args.data_name}{suffix}"
-
-
 def first_checkpoint(run: Run) -> dict[str, Any] | None:
     """The checkpoint to go on from, if one is named. Says which flags are not those that it was made with."""
     if run.args.checkpoint is None:
         return None
-    start = read_checkpoint(run.args.checkpoint, run)
-    model = {**start["model"], "emb_dim": run.args.emb_dim if run.args.embeddings else start["model"].get("embed_dim")}
-    for name in ("encoder", "encoded_image_size", "emb_dim", "attention_dim", "decoder_dim"):
-        if getattr(run.args, name) not in (model.get(name), get_parser().get_default(name)):
-            raise InputError(f"{run.args.checkpoint} holds a model with --{name} {model.get(name)}, and not "
-                             f"{getattr(run.args, name)}; go on with the same, or without the flag")
+    start = read_checkpoint(run.args.checkpoint, run.word_map, run.processes)
+    check_model(start, run.args, get_parser().get_default)
     if start["training"]:
-        if start["training"]["stage"] == 2 and run.args.stage == "1":
-            raise InputError(f"{run.args.checkpoint} is in stage 2 already; go on without --stage 1")
-        if run.processes.rank == 0:
-            keep_best(run.args)
-        harmless = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "stage",
-                    "print_freq", "epochs", "encoder", "encoder_weights", "encoded_image_size", "embeddings", "emb_dim",
-                    "attention_dim", "decoder_dim"}  # the model's own come from the checkpoint
-        if run.args.schedule == "cosine" or run.args.scheduled_sampling:
-            harmless -= {"epochs"}  # on which each step's rate or probability depends
-        before = start["training"]["args"]
-        if before["freeze_embeddings"] != run.args.freeze_embeddings:  # who learns
-            raise InputError(f"{run.args.checkpoint} was made with --freeze_embeddings {before['freeze_embeddings']}; "
-                             "go on with the same")
-        stood, stands = (batches_of(args, start["training"]["stage"], world_size) for args, world_size in (
-            (before, start["training"]["world_size"]), (vars(run.args), run.processes.world_size)))
-        if start["training"]["step"] and stood != stands:
-            start["training"] |= UNBEGUN
-            others = ", ".join(name for name in stood if stood[name] != stands[name])
-            run.say(f"its batches were others ({others}), so epoch {start['training']['epoch'] + 1} begins again")
-        changed = [f"--{name} {value} (was {before[name]})" for name, value in vars(run.args).items()
-                   if name not in harmless and value != before.get(name, value)]
-        if changed:
-            run.say(f"going on with other flags than before: {', '.join(changed)}")
+        for line in take_up(start["training"], run.args, run.processes):
+            run.say(line)
     return start
-
-
-def batches_of(args: dict[str, Any], stage: int, world_size: int) -> dict[str, Any]:
-    """What decides which captions the n-th batch of an epoch holds."""
-    return {"--batch_size": of_stage(args["batch_size"], stage), "--whole_images": args["whole_images"],
-            "--seed": args["seed"], "processes": world_size}
-
-
-def keep_best(args: argparse.Namespace) -> None:
-    """Brings the best checkpoint along into a new output folder, where no later epoch may be better."""
-    best = output_path(args, "BEST_checkpoint_")
-    source = Path(args.checkpoint).with_name(best.name)
-    source = source if source.is_file() else Path(args.checkpoint)
-    if not best.exists():
-        with whole_file(best, "wb") as file:
-            file.write(source.read_bytes())
-    elif not output_path(args, "checkpoint_").exists() and not filecmp.cmp(source, best, shallow=False):
-        raise InputError(f"{best} belongs to another run than {args.checkpoint}; name another --output_folder")
-
-
-def read_checkpoint(path: str | Path, run: Run) -> dict[str, Any]:
-    """A checkpoint, read by the first process for all (other nodes need not see the file)."""
-    state = broadcast(load_checkpoint(path, run.word_map) if run.processes.rank == 0 else None, run.processes)
-    if state["word_map"] != run.word_map:
-        raise InputError(f"{path} was trained with {len(state['word_map'])} words, the data have {len(run.word_map)}, "
-                         "or others in another order; train on the data that it was made for")
-    return state
 
 
 def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[str, Any]]:
@@ -386,11 +272,6 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
     run.say(f"stage {stage} is over, {why}. Best BLEU-4 {state['best_bleu4']:.2f}: "
             f"{output_path(args, 'BEST_checkpoint_')}")
     return state["log"]
-
-
-def of_stage(values: list[Any], stage: int) -> Any:
-    """One value for both stages, or the stage's own."""
-    return values[min(stage, len(values)) - 1]
 
 
 def learning_rates(args: dict[str, Any], stage: int) -> dict[str, float]:
@@ -453,16 +334,6 @@ def new_models(run: Run) -> tuple[Encoder, DecoderWithAttention, dict[str, Any]]
     if args.embeddings:
         decoder.load_pretrained_embeddings(embeddings)
     return encoder, decoder, {"encoder": args.encoder, "encoded_image_size": encoder.enc_image_size, **arguments}
-
-
-def stage_state(stage: int, start: dict[str, Any] | None) -> dict[str, Any]:
-    """Where the stage stands: where a checkpoint of the same stage left it, or at its beginning."""
-    before = start["training"] if start and start["training"] else {"stage": 0, "log": [], "best_bleu4": -1.0}
-    if before["stage"] == stage:
-        others = {"optimizers", "args", "world_size", "launch"}
-        return {name: value for name, value in before.items() if name not in others}
-    return {**UNBEGUN, "stage": stage, "epoch": 0, "epochs_since_improvement": 0, "best_bleu4": before["best_bleu4"],
-            "log": before["log"]}
 
 
 def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSampler, state: dict[str, Any],
@@ -598,27 +469,6 @@ def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = Fal
             file.writelines(json.dumps(row) + "\n" for row in state["log"])
         draw_curves(state["log"], output_path(run.args, "curves_", ".png"))
     save_checkpoint(output_path(run.args, "checkpoint_"), checkpoint)
-
-
-def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Losses and scores by epoch, with a line where fine-tuning begins."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, scores = figure.subplots(1, 2)
-    epochs = range(1, len(rows) + 1)
-    for axes, curves in ((losses, {"train_loss": "train", "val_loss": "validation"}),
-                         (scores, {"bleu4": "generated", "bleu4_teacher_forced": "teacher-forced"})):
-        for key, label in curves.items():
-            axes.plot(epochs, [row[key] for row in rows], label=label, marker=".")
-        first_stage = sum(row["stage"] == 1 for row in rows)
-        if 0 < first_stage < len(rows):
-            axes.axvline(first_stage + 0.5, color="grey", linestyle=":", label="fine-tuning begins")
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
-    losses.set_title("loss")
-    scores.set_title("BLEU-4 on the validation split")
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=100)
 
 
 def draw_gaze(run: Run, learner: Learner, title: str) -> None:

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 from caption import fit, panel  # noqa: E402
 from demo.shapes import draw_scene, five_captions  # noqa: E402
-from train import draw_curves  # noqa: E402
+from training.curves import draw_curves  # noqa: E402
 from utils import run_script, whole_file  # noqa: E402
 
 RECORD, PHOTOS = REPOSITORY / "img" / "demo.json", REPOSITORY / "img" / "photos.json"

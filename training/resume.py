@@ -1,0 +1,160 @@
+"""How a run of train.py is stopped and taken up again: whose output folder it is, and what it may go on from."""
+from __future__ import annotations
+
+import argparse
+import filecmp
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from utils import InputError, Processes, broadcast, gather, load_checkpoint, sweep, whole_file
+
+UNBEGUN = {"step": 0, "sums": [0.0] * 5, "seconds": 0.0}  # of an epoch: batches seen, what `measure` gave, time
+# Flags that may change without a word: they do not change what is learned, or (the model's) the checkpoint has them.
+HARMLESS = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "stage",
+            "print_freq", "epochs", "encoder", "encoder_weights", "encoded_image_size", "embeddings", "emb_dim",
+            "attention_dim", "decoder_dim"}
+
+
+def output_path(args: argparse.Namespace, prefix: str, suffix: str = ".pth.tar") -> Path:
+    return Path(args.output_folder) / f"{prefix}{args.data_name}{suffix}"
+
+
+def find_own_place(args: argparse.Namespace, processes: Processes) -> None:
+    """The first process decides for all what the run goes on from, and refuses an output folder that is not its own.
+
+    Where a process fails, torchrun starts all again by the same command: that goes on from the run's own checkpoint.
+    """
+    restarted = any(gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", processes))
+    refusal = None
+    if processes.rank == 0:
+        there = output_path(args, "checkpoint_")
+        if restarted and there.exists() and (load_checkpoint(there)["training"] or {}).get("launch") == launch():
+            args.checkpoint = str(there)
+        held = [each for each in (there, output_path(args, "BEST_checkpoint_")) if each.exists()]
+        if held and not args.checkpoint:
+            refusal = (f"{held[0]} holds a run already: go on with --checkpoint {held[0]}, or name another "
+                       "--output_folder for a new one")
+        elif there.exists() and there.resolve().parent != Path(args.checkpoint).resolve().parent:
+            refusal = f"{there} belongs to another run than {args.checkpoint}; name another --output_folder"
+        else:
+            refusal = unwritable(there.parent)
+        sweep(output_path(args, "BEST_checkpoint_"))  # the other files are written, and so swept, every epoch
+        elastic = os.environ.get
+        if elastic("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and elastic("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            print("restarted processes will not find each other (PyTorch's issue 135712); start with "
+                  "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone (several nodes: --rdzv_backend=c10d)")
+    args.checkpoint, refusal = broadcast((args.checkpoint, refusal), processes)
+    if refusal:
+        raise InputError(refusal)
+
+
+def launch() -> str | None:
+    """What all processes have in common that one torchrun command starts, and starts again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {platform.node()} {os.getppid()}"
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written into the folder. Better now than after the first epoch."""
+    try:
+        with tempfile.TemporaryFile(dir=next(each for each in (folder, *folder.parents) if each.exists())):
+            return None
+    except OSError as error:
+        return f"--output_folder {folder}: nothing can be written there ({error.strerror}); name another"
+
+
+def how_to_go_on(args: argparse.Namespace) -> str:
+    """What a stopped run says last: where it stands, and the command that takes it up again."""
+    there = output_path(args, "checkpoint_")
+    if not there.exists():
+        return "stopped before the first checkpoint; the same command starts again"
+    command = sys.orig_argv
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+        command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
+        command[1:1] = [f"--nnodes={nodes}", "..."] if nodes > 1 else []
+    if command[-2:] != ["--checkpoint", str(there)]:
+        command = [*command, "--checkpoint", str(there)]
+    return f"stopped; the run stands in {there}, go on with: {shlex.join(command)}"
+
+
+def read_checkpoint(path: str | Path, word_map: dict[str, int], processes: Processes) -> dict[str, Any]:
+    """A checkpoint, read by the first process for all (other nodes need not see the file)."""
+    state = broadcast(load_checkpoint(path, word_map) if processes.rank == 0 else None, processes)
+    if state["word_map"] != word_map:
+        raise InputError(f"{path} was trained with {len(state['word_map'])} words, the data have {len(word_map)}, "
+                         "or others in another order; train on the data that it was made for")
+    return state
+
+
+def check_model(start: dict[str, Any], args: argparse.Namespace, default: Callable[[str], Any]) -> None:
+    """Refuses a checkpoint of another model than the flags ask for; a flag at its default asks for none."""
+    model = {**start["model"], "emb_dim": args.emb_dim if args.embeddings else start["model"].get("embed_dim")}
+    for name in ("encoder", "encoded_image_size", "emb_dim", "attention_dim", "decoder_dim"):
+        if getattr(args, name) not in (model.get(name), default(name)):
+            raise InputError(f"{args.checkpoint} holds a model with --{name} {model.get(name)}, and not "
+                             f"{getattr(args, name)}; go on with the same, or without the flag")
+
+
+def take_up(training: dict[str, Any], args: argparse.Namespace, processes: Processes) -> list[str]:
+    """Makes a checkpoint's `training` fit these flags, or refuses it. Returns what to say of that."""
+    if training["stage"] == 2 and args.stage == "1":
+        raise InputError(f"{args.checkpoint} is in stage 2 already; go on without --stage 1")
+    before, said = training["args"], []
+    if before["freeze_embeddings"] != args.freeze_embeddings:  # who learns
+        raise InputError(f"{args.checkpoint} was made with --freeze_embeddings {before['freeze_embeddings']}; "
+                         "go on with the same")
+    if processes.rank == 0:
+        keep_best(args)
+    stood, stands = (batches_of(flags, training["stage"], world_size) for flags, world_size in (
+        (before, training["world_size"]), (vars(args), processes.world_size)))
+    if training["step"] and stood != stands:
+        training |= UNBEGUN
+        others = ", ".join(name for name in stood if stood[name] != stands[name])
+        said.append(f"its batches were others ({others}), so epoch {training['epoch'] + 1} begins again")
+    harmless = HARMLESS - ({"epochs"} if args.schedule == "cosine" or args.scheduled_sampling else set())
+    changed = [f"--{name} {value} (was {before[name]})" for name, value in vars(args).items()
+               if name not in harmless and value != before.get(name, value)]
+    if changed:
+        said.append(f"going on with other flags than before: {', '.join(changed)}")
+    return said
+
+
+def batches_of(args: dict[str, Any], stage: int, world_size: int) -> dict[str, Any]:
+    """What decides which captions the n-th batch of an epoch holds."""
+    return {"--batch_size": of_stage(args["batch_size"], stage), "--whole_images": args["whole_images"],
+            "--seed": args["seed"], "processes": world_size}
+
+
+def keep_best(args: argparse.Namespace) -> None:
+    """Brings the best checkpoint along into a new output folder, where no later epoch may be better."""
+    best = output_path(args, "BEST_checkpoint_")
+    source = Path(args.checkpoint).with_name(best.name)
+    source = source if source.is_file() else Path(args.checkpoint)
+    if not best.exists():
+        with whole_file(best, "wb") as file:
+            file.write(source.read_bytes())
+    elif not output_path(args, "checkpoint_").exists() and not filecmp.cmp(source, best, shallow=False):
+        raise InputError(f"{best} belongs to another run than {args.checkpoint}; name another --output_folder")
+
+
+def stage_state(stage: int, start: dict[str, Any] | None) -> dict[str, Any]:
+    """Where the stage stands: where a checkpoint of the same stage left it, or at its beginning."""
+    before = start["training"] if start and start["training"] else {"stage": 0, "log": [], "best_bleu4": -1.0}
+    if before["stage"] == stage:
+        others = {"optimizers", "args", "world_size", "launch"}
+        return {name: value for name, value in before.items() if name not in others}
+    return {**UNBEGUN, "stage": stage, "epoch": 0, "epochs_since_improvement": 0, "best_bleu4": before["best_bleu4"],
+            "log": before["log"]}
+
+
+def of_stage(values: list[Any], stage: int) -> Any:
+    """One value for both stages, or the stage's own."""
+    return values[min(stage, len(values)) - 1]
