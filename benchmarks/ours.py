@@ -10,19 +10,30 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
 import train
-from benchmarks.setting import BEAM_SIZE, CAPTIONS_PER_IMAGE, NAME, Setting, now, peak_bytes, rate, to_float64
+from benchmarks.setting import (
+    BEAM_SIZE,
+    CAPTIONS_PER_IMAGE,
+    NAME,
+    Setting,
+    flop_rate,
+    now,
+    peak_bytes,
+    rate,
+    to_float64,
+)
 from create_input_files import create_input_files
-from datasets import CaptionDataset, EpochSampler, Pictures, keep_features, load_word_map
+from datasets import CaptionDataset, EpochSampler, Pictures, encode, keep_features, load_word_map
 from eval import generate_captions
 from models import Hypothesis
-from utils import loader_workers, setup_processes
+from utils import autocast, loader_workers, setup_processes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -120,6 +131,28 @@ def memory(setting: Setting, stage: int) -> int:
     learner = load_learner(setting, run, stage)
     batch = next(iter(load_batches(setting, run, learner, stage)))
     return peak_bytes(lambda: [train.train_step(run, learner, batch, 0.0, True) for _ in range(2)], setting.device)
+
+
+def arithmetic(setting: Setting) -> dict[str, float]:
+    """Operations a second: of a product of two large matrices, which is what the device can do, and of our works."""
+    run, device = make_run(setting, setting.precision), torch.device(setting.device)
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device,
+                         dtype=torch.bfloat16 if setting.precision == "bfloat16" else torch.float32)
+    works: dict[str, Callable[[], object]] = {"matrix product": lambda: matrix @ matrix}
+    for stage, kept, name in ((1, True, "decoder, a step of stage 1"), (2, False, "both, a step of stage 2")):
+        learner = load_learner(setting, run, stage)
+        batch = next(iter(load_batches(setting, run, learner, stage, kept)))
+        works[name] = partial(train.train_step, run, learner, batch, 0.0, True)
+        run.train.features = None
+    pixels = batch[0].to(device)
+
+    def encode_pixels() -> None:
+        with torch.no_grad(), autocast(device, setting.precision):
+            encode(learner.encoder, pixels, device)
+
+    works["encoder, forward"] = encode_pixels
+    return {name: flop_rate(work, setting.warm_up, setting.our_steps, setting.device) for name, work in works.items()}
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------

@@ -230,6 +230,13 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def shares(rates: dict[str, float], precision: str) -> str:
+    """What share of the device's own matrix rate our works reach."""
+    limit = rates["matrix product"]
+    return (f"{limit / 1e12:.3g} TFLOP/s in a product of two large matrices of {precision}. Of that, ours reaches: "
+            f"{', '.join(f'{rate / limit:.0%} ({name})' for name, rate in rates.items() if rate != limit)}.")
+
+
 def table(figures: dict[str, dict[str, Any]]) -> str:
     """The figures and what was counted, and what they mean for COCO."""
     rows = [[name, *(f"{row[key]:.4g}" for key in ("baseline", "ours", "ratio")), row["unit"]]
@@ -261,13 +268,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                           f"{WORKS[work][0]}", file=sys.stderr, flush=True)
                 counted = memory_counted(setting, row) if work == "memory" else WORKS[work][1]
                 figures[row] = figures_of(work, done, counted)
+        with two_processes() as ask:
+            rates = ask("ours", "arithmetic", setting) if any(work.startswith("stage") for work in args.only) else {}
     ratios = {work: max((row["ratio"] for name, row in figures.items()
                          if name == work or (work == "memory" and name.startswith("memory"))), default=None)
               for work in WORKS}  # of memory the worse stage; None: not run
     settings = {name: value for name, value in setting._asdict().items() if name != "folder"}
     report = {"machine": machine(setting), "ratios": ratios, "figures": figures, "proofs": proofs,
-              "setting": {**settings, "rounds": args.rounds}}
+              "flop_rates": rates, "setting": {**settings, "rounds": args.rounds}}
     print(table(figures))
+    if rates:
+        print(f"\n{shares(rates, setting.precision)}")
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     return report

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 NAME = "synthetic_5_cap_per_img_0_min_word_freq"  # the prepared files' base name
 CAPTIONS_PER_IMAGE = 5
@@ -73,6 +74,18 @@ def rate(steps: Iterator[int], warm_up: int, count: int, device: str) -> float:
     began = now(device)
     captions = sum(next(steps) for _ in range(count))
     return captions / (now(device) - began)
+
+
+def flop_rate(step: Callable[[], Any], warm_up: int, count: int, device: str) -> float:
+    """Operations a second of a step done again and again: those of its matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    for _ in range(warm_up):
+        step()
+    began = now(device)
+    for _ in range(count):
+        step()
+    return count * counter.get_total_flops() / (now(device) - began)
 
 
 def to_float64(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -13,6 +13,7 @@ import torch
 
 import caption
 from benchmarks import baseline, ours, run, tutorial
+from benchmarks import setting as setting_module
 from benchmarks.data import make_data
 from benchmarks.proofs import ProofError, compare_captions, compare_files, compare_training
 from benchmarks.setting import NAME, Setting, peak_bytes
@@ -139,7 +140,18 @@ def test_the_report_is_whole(setting, monkeypatch, tmp_path, capsys):
     figure = report["figures"]["stage1"]
     assert figure["ratio"] == pytest.approx(figure["ours"] / figure["baseline"]) and figure["unit"] == "captions/s"
     assert report["proofs"]["preparation"]["pictures"] == 9 and report["proofs"]["stage1_float32"]["loss"] > 0
-    assert "stage1: training on a frozen encoder" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "stage1: training on a frozen encoder" in printed and "Of that, ours reaches: " in printed
+    assert len(report["flop_rates"]) == 4 and min(report["flop_rates"].values()) > 0
+
+
+def test_operations_are_counted_where_they_are_known():
+    """A layer of 200 x 300 numbers, 10 rows: 2 x 10 x 200 x 300 operations forward, and the same twice backward."""
+    layer, rows, clock = torch.nn.Linear(200, 300), torch.randn(10, 200, requires_grad=True), iter([5.0, 7.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setting_module, "now", lambda _: next(clock))
+        assert setting_module.flop_rate(lambda: layer(rows).sum().backward(), 1, 4, "cpu") == 4 * 3 * 1_200_000 / 2
+    assert "reaches: 50% (a), 25% (b)" in run.shares({"matrix product": 2e12, "a": 1e12, "b": 5e11}, "float32")
 
 
 def test_figures_are_medians_and_the_ratio_is_the_median_of_ratios():
