@@ -37,7 +37,6 @@ from utils import (
     InputError,
     UsageError,
     autocast,
-    check_length_penalty,
     load_checkpoint,
     printable,
     progress,
@@ -149,7 +148,6 @@ def caption_paths(encoder: Encoder, decoder: DecoderWithAttention, paths: Sequen
                   word_map: dict[str, int], beam_size: int = 5, max_len: int = 51, n_best: int = 1,
                   precision: str = "float32", length_penalty: float = 0.0) -> list[list[Hypothesis]]:
     """For each picture its n best captions, as the search finds them. Raises InputError where one cannot be read."""
-    encoder.eval()
     decoder.eval()
     device = decoder.fc.weight.device
     images = torch.from_numpy(np.stack([read_image(path) for path in paths]))   # (N, 3, 256, 256)
@@ -371,6 +369,11 @@ def draw(path: Path, figure_path: Path, hypothesis: Hypothesis, word_map: dict[s
             rev_word_map = {index: word for word, index in word_map.items()}
             figure = visualize_att(path, hypothesis.sequence, to_grid(hypothesis.alphas), rev_word_map, smooth)
             figure.savefig(file, format="png", dpi=80)
+
+
+def check_length_penalty(power: float) -> None:
+    if not 0 <= power <= 2:
+        raise UsageError(f"--length_penalty {power:g}: from 0 to 2")
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:

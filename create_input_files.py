@@ -19,7 +19,7 @@ import shutil
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -133,8 +133,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     descriptor = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
     try:
         if descriptor is not None:
-            with suppress(OSError):  # a file system without locks
-                hold(descriptor)
+            hold(descriptor)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -249,13 +248,12 @@ def digest_of(source: Path, image_folder: Path, pictures: Sequence[Picture], *se
 
 def is_done(folder: Path, base: str, digest: str, overwrite: bool) -> bool:
     """Whether all files are there and of this input; refuses to touch those of another."""
-    names = [f"WORDMAP_{base}.json", *(f"{split}_{kind}_{base}.json" for split in ("TRAIN", "VAL", "TEST")
-                                       for kind in JSON_FILES)]
+    texts = [folder / f"{split}_{kind}_{base}.json" for split in ("TRAIN", "VAL", "TEST") for kind in JSON_FILES]
     archives = [folder / f"{split}_IMAGES_{base}.hdf5" for split in ("TRAIN", "VAL", "TEST")]
-    there = [path for path in [*(folder / name for name in names), *archives] if path.exists()]
-    if overwrite or not there:
+    there = [path.exists() for path in (folder / f"WORDMAP_{base}.json", *texts, *archives)]
+    if overwrite or not any(there):
         return False
-    if len(there) == len(names) + len(archives):
+    if all(there):
         try:
             made_from = set()
             for path in archives:

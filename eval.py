@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from caption import PAGES, Captioner, caption_images, html_figure, write_page
+from caption import PAGES, Captioner, caption_images, check_length_penalty, html_figure, write_page
 from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
 from utils import (
@@ -41,7 +41,6 @@ from utils import (
     UsageError,
     autocast,
     broadcast,
-    check_length_penalty,
     gather,
     load_checkpoint,
     loader_workers,
@@ -240,7 +239,7 @@ def warn_if_endless(unfinished: float, beam_size: int) -> str | None:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table, aligned so that it reads well as plain text too."""
-    formats = {"beam": "d", "METEOR": ".1f", "CIDEr": ".3f", "unfinished": ".1%"}
+    formats = {"beam": "d", "CIDEr": ".3f", "unfinished": ".1%"}
     cells = [["-" if row[name] is None else format(row[name], formats.get(name, ".1f")) for name in COLUMNS]
              for row in rows]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
@@ -254,9 +253,9 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
     """The captions with the highest and the lowest CIDEr on a page, beside those that people wrote."""
     cider = Cider().compute_score(*_coco(references, captions))[1]              # (I,)
     order = sorted(range(len(captions)), key=lambda i: -cider[i])
-    half = min(SHOWN, -(-len(order) // 2))
+    half = min(SHOWN, (len(order) + 1) // 2)  # no picture is shown twice
     sections = {}
-    for heading, shown in (("Best by CIDEr", order[:half]), ("Worst by CIDEr", order[:half - 1:-1][:half])):
+    for heading, shown in (("Best by CIDEr", order[:half]), ("Worst by CIDEr", order[half:][::-1][:half])):
         pictures = [Image.fromarray(dataset.images[i].transpose(1, 2, 0)) for i in shown]
         # Captioned again: where the model looked is kept of these alone.
         found = caption_images(model, pictures, args.beam_size[-1], args.max_len, 1, args.batch_size,
@@ -265,8 +264,8 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
             html_figure(picture, f"picture {dataset.image_ids[i]}", best, f"CIDEr {cider[i]:.2f}",
                         [" ".join(words) for words in references[i]])
             for i, picture, best in zip(shown, pictures, found, strict=True)]
-    write_page(args.gallery, f"{args.data_name}, {args.split}, beam {args.beam_size[-1]}"
-               + f", length penalty {args.length_penalty:g}" * bool(args.length_penalty), sections)
+    penalty = f", length penalty {args.length_penalty:g}" if args.length_penalty else ""
+    write_page(args.gallery, f"{args.data_name}, {args.split}, beam {args.beam_size[-1]}{penalty}", sections)
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -101,8 +101,8 @@ class Encoder(nn.Module):
         layers = (_efficientnet_lite if name in LITE_WEIGHTS else _torchvision_trunk)(name, weights)
         self.resnet = nn.Sequential(*layers)  # the tutorial's name, whatever the network is
         self.adaptive_pool = nn.AdaptiveAvgPool2d((encoded_image_size, encoded_image_size))
+        self.train()  # which is eval mode, see below
         self.encoder_dim, self.first_tuned = self._measure(name)
-        self.train()
         self.fine_tune(False)
         for layer in self.resnet.modules():
             if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
@@ -112,7 +112,6 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def _measure(self, name: str) -> tuple[int, int]:
         """The trunk's output channels, and the first layer whose map is an eighth of the picture or smaller."""
-        self.resnet.eval()
         features, first_tuned = torch.zeros(1, 3, 64, 64), None
         try:
             for index, layer in enumerate(self.resnet):
@@ -225,11 +224,11 @@ class History(NamedTuple):
                    length_penalty: float) -> list[list[Hypothesis]]:
         """The n best captions of each picture; `unfinished` (N, K) are the log-probabilities after step `last`."""
         ends: list[list[tuple[bool, float, int, int]]] = [[] for _ in unfinished]  # unfinished, -log_prob, step, place
-        totals = self.totals.tolist()
+        totals, left = self.totals.tolist(), unfinished.tolist()
         for t, picture, place in self.ended.nonzero().tolist():
             ends[picture].append((False, -totals[t][picture][place], t, place))
         for picture, place in (unfinished > -torch.inf).nonzero().tolist():
-            ends[picture].append((True, -unfinished[picture, place].item(), last, place))
+            ends[picture].append((True, -left[picture][place], last, place))
         parents, words = self.parents.tolist(), self.words.tolist()
 
         def read(picture: int, open_end: bool, cost: float, t: int, place: int) -> Hypothesis:
@@ -301,9 +300,9 @@ class DecoderWithAttention(nn.Module):
         projected = self.attention.encoder_att(features)                        # (N, S, A)
         if pooling is not None:
             projected = pooling @ projected                                     # (N, P, A): both layers are linear
-        lstm, layers = self.decode_step, (self.attention.decoder_att, self.f_beta)
-        of_hidden = torch.cat([*(layer.weight for layer in layers), lstm.weight_hh])
-        bias = torch.cat([*(layer.bias for layer in layers), lstm.bias_hh])
+        ask, gate, lstm = self.attention.decoder_att, self.f_beta, self.decode_step  # in the order that `step` splits
+        of_hidden = torch.cat([ask.weight, gate.weight, lstm.weight_hh])
+        bias = torch.cat([ask.bias, gate.bias, lstm.bias_hh])
         of_context = lstm.weight_ih[:, -self.encoder_dim:]
         dtype = projected.dtype  # bfloat16 under autocast, which would otherwise convert them at every step
         return Known(features.to(dtype), None if pooling is None else pooling.to(dtype), projected,
@@ -379,13 +378,9 @@ class DecoderWithAttention(nn.Module):
             hidden.append(h)
             alphas.append(alpha)
 
-        def packed(rows: list[Tensor]) -> PackedSequence:
-            return words._replace(data=torch.cat(rows))
-
-        alphas = pad_packed_sequence(packed(alphas), batch_first=True)[0]       # (N, T, P)
-        scores = packed(hidden)
-        scores = scores._replace(data=self.fc(self.dropout(scores.data)))       # the vocabulary once, for all steps
-        return scores, captions, decode_lengths, alphas, order
+        alphas = pad_packed_sequence(words._replace(data=torch.cat(alphas)), batch_first=True)[0]   # (N, T, P)
+        scores = self.fc(self.dropout(torch.cat(hidden)))                       # (words, V), once for all steps
+        return words._replace(data=scores), captions, decode_lengths, alphas, order
 
     @torch.inference_mode()
     def beam_search(self, encoder_out: Tensor, word_map: dict[str, int], beam_size: int = 3, max_len: int = 51,
@@ -412,7 +407,8 @@ class DecoderWithAttention(nn.Module):
         Returns:
             For each picture its hypotheses, the best first; unfinished ones come last. At least one each.
         """
-        start, end, banned = word_map["<start>"], word_map["<end>"], [word_map[word] for word in forbidden]
+        start, end = word_map["<start>"], word_map["<end>"]
+        banned = torch.tensor([word_map[word] for word in forbidden], dtype=torch.long).to(encoder_out.device)
         known = self.prepare(encoder_out.flatten(1, -2), pooling)
         n_pictures, n_pixels, device = len(encoder_out), known.projected.size(1), encoder_out.device
         h, c = (state.repeat_interleave(beam_size, 0) for state in self.init_hidden_state(known.features, pooling))
@@ -429,17 +425,17 @@ class DecoderWithAttention(nn.Module):
             h, c, alpha = self.step(self.word_gates(word.flatten()), known, h, c)
             scores = self.fc(h).float()                                         # (N * K, V)
             normalizer = scores.logsumexp(dim=1, keepdim=True)
-            scores[:, banned] = -torch.inf
-            log_probs, words = scores.topk(min(beam_size, self.vocab_size), dim=1)  # no other word can be chosen
-            candidates = (total.view(-1, 1) + log_probs - normalizer).view(len(total), -1)
+            scores.index_fill_(1, banned, -torch.inf)
+            top, words = scores.topk(min(beam_size, self.vocab_size), dim=1)    # no other word can be chosen
+            candidates = (total.view(-1, 1) + top - normalizer).view(len(total), -1)  # log-probabilities
             total, best = candidates.topk(beam_size, dim=1)                     # (N, K), best first
-            parent, word = best // log_probs.size(1), words.view(len(total), -1).gather(1, best)
+            parent, word = best // top.size(1), words.view(len(total), -1).gather(1, best)
             rows = (parent + beam_size * torch.arange(len(total), device=device).unsqueeze(1)).flatten()
             h, c = h[rows], c[rows]
 
             growing = (torch.arange(beam_size, device=device) < width) & (total > -torch.inf)
             ended = growing & (word == end)
-            for record, value in zip(history, (parent, word, total, ended), strict=False):
+            for record, value in zip(history[:4], (parent, word, total, ended), strict=True):
                 record[t, pictures] = value
             if with_alphas:
                 history.alphas.append(alpha.new_ones(n_pictures, beam_size, n_pixels))
@@ -451,9 +447,10 @@ class DecoderWithAttention(nn.Module):
             if n_alive == 0:
                 break
             if n_alive <= 0.75 * len(alive):  # leaving the others out costs a copy of all features
-                known = known._replace(features=known.features[alive], projected=known.projected[alive])
-                total, width, pictures, word = (each[alive] for each in (total, width, pictures, word))
-                h, c = (state.unflatten(0, (-1, beam_size))[alive].flatten(0, 1) for state in (h, c))
+                kept = alive.nonzero().squeeze(1)  # once: a mask makes a GPU wait wherever it is used
+                known = known._replace(features=known.features[kept], projected=known.projected[kept])
+                total, width, pictures, word = (each[kept] for each in (total, width, pictures, word))
+                h, c = (state.unflatten(0, (-1, beam_size))[kept].flatten(0, 1) for state in (h, c))
 
         unfinished = torch.full((n_pictures, beam_size), -torch.inf, device=device)
         unfinished[pictures] = total

@@ -37,12 +37,12 @@ from datasets import (
     augment,
     check_pixels,
     encode,
-    keep_features,
     load_word_map,
 )
 from eval import bleu, measure, validate
 from models import DecoderWithAttention, Encoder, build_models
 from training.curves import draw_curves
+from training.features import keep_features
 from training.resume import (
     UNBEGUN,
     check_model,
@@ -223,16 +223,20 @@ def first_checkpoint(run: Run) -> dict[str, Any] | None:
         return None
     start = read_checkpoint(run.args.checkpoint, run.word_map, run.processes)
     check_model(start, run.args, get_parser().get_default)
+    best = output_path(run.args, "BEST_checkpoint_")
     if start["training"]:
         for line in take_up(start["training"], run.args, run.processes):
             run.say(line)
+    elif best.exists():  # and the first epoch, whatever it scores, would replace it
+        raise InputError(f"{best} would be overwritten, as {run.args.checkpoint} tells no score to beat; name another "
+                         "--output_folder")
     return start
 
 
 def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[str, Any]]:
     """Epochs of training and validation until there is no more progress; returns the rows of the log."""
     args, processes = run.args, run.processes
-    epochs, batch_size = (of_stage(values, stage) for values in (args.epochs, args.batch_size))
+    epochs, batch_size = of_stage(args.epochs, stage), of_stage(args.batch_size, stage)
     learner = make_learner(stage, start, run)
     state = stage_state(stage, start)
     for dataset in (run.train, run.val):
@@ -252,8 +256,9 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
     while state["epoch"] < epochs and state["epochs_since_improvement"] < PATIENCE:
         sampling = args.scheduled_sampling * state["epoch"] / max(epochs - 1, 1)
         row = train_epoch(run, learner, loader, sampler, state, sampling, epochs)
+        began = time.monotonic()
         row |= validate_epoch(run, learner, batch_size)
-        row["seconds"] += row.pop("val_seconds")
+        row["seconds"] += time.monotonic() - began
         improved = row["bleu4"] > state["best_bleu4"]
         state |= {**UNBEGUN, "epoch": state["epoch"] + 1,
                   "epochs_since_improvement": 0 if improved else state["epochs_since_improvement"] + 1,
@@ -423,15 +428,13 @@ def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: 
 
 def validate_epoch(run: Run, learner: Learner, batch_size: int) -> dict[str, Any]:
     """The second half of the log's row, with three captions to look at on the way."""
-    began = time.monotonic()
     sums, forced_bleu4, captions = validate(learner.encoder, learner.decoder, run.val, run.word_map, run.processes,
                                             run.precision, max(1, batch_size // run.val.cpi), run.args.workers)
     for i in looked_at(run):
         run.say(printable(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})"))
     return {"val_loss": loss_of(sums, run.args.alpha_c), "val_cross_entropy": sums[0] / sums[3],
             "val_doubly_stochastic": sums[1] / sums[4], "val_top5": 100 * sums[2] / sums[3],
-            "bleu4": bleu(run.val_references, captions)[3], "bleu4_teacher_forced": forced_bleu4,
-            "val_seconds": time.monotonic() - began}
+            "bleu4": bleu(run.val_references, captions)[3], "bleu4_teacher_forced": forced_bleu4}
 
 
 def looked_at(run: Run) -> list[int]:
@@ -456,15 +459,14 @@ def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = Fal
     if not all(bool(each.isfinite().all()) for weights in models.values() for each in weights.values()):
         raise InputError(f"stage {state['stage']}, epoch {state['epoch'] + 1}, batch {state['step']}: some weights are "
                          "no numbers. The last checkpoint is good; go on from it with a lower learning rate")
-    scores = {} if state["step"] or not state["log"] else state["log"][-1]  # of these very weights
-    args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.args).items()}
+    scores = state["log"][-1] if state["log"] and not state["step"] else {}  # of these very weights
     optimizers = {name: optimizer.state_dict() for name, optimizer in learner.optimizers.items()}
     checkpoint = {**models, "word_map": run.word_map, "model": learner.arguments, "preprocessing": PREPROCESSING,
-                  "scores": scores, "training": {**state, "optimizers": optimizers, "args": args, "launch": launch(),
-                                                 "world_size": run.processes.world_size}}
+                  "scores": scores, "training": {**state, "optimizers": optimizers, "args": vars(run.args),
+                                                 "launch": launch(), "world_size": run.processes.world_size}}
     if improved:
         save_checkpoint(output_path(run.args, "BEST_checkpoint_"), checkpoint)
-    if state["log"] and not state["step"]:
+    if scores:  # an epoch is over
         with whole_file(output_path(run.args, "log_", ".jsonl")) as file:
             file.writelines(json.dumps(row) + "\n" for row in state["log"])
         draw_curves(state["log"], output_path(run.args, "curves_", ".png"))

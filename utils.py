@@ -43,11 +43,6 @@ class UsageError(InputError):
     """Flags that cannot be meant, whatever the files hold."""
 
 
-def check_length_penalty(power: float) -> None:
-    if not 0 <= power <= 2:
-        raise UsageError(f"--length_penalty {power:g}: from 0 to 2")
-
-
 class Stopped(KeyboardInterrupt):
     """SIGINT (Ctrl-C) or SIGTERM asks this process to end; its argument is the signal's number."""
 
@@ -191,17 +186,17 @@ def writing(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path} could not be written ({reason}); what stood there before is as it was") from error
 
 
-def hold(file: Any, wait: bool = True) -> None:
-    """Locks a file or folder until it is closed, or its process ends in whatever way. Raises OSError if it cannot."""
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+def hold(file: Any) -> None:
+    """Locks a file or folder until it is closed, or its process ends in whatever way."""
+    with suppress(OSError):  # a file system without locks
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def open_held(path: Path, mode: str) -> IO[Any]:
     """Opens a file anew and holds it."""
     file = open(path, mode, encoding=None if "b" in mode else "utf-8")
-    with suppress(OSError):  # a file system without locks
-        hold(file)
+    hold(file)
     return file if os.fstat(file.fileno()).st_nlink else open_held(path, mode)  # `sweep` of another came in between
 
 
@@ -211,7 +206,8 @@ def sweep(path: Path) -> None:
         with suppress(OSError):
             descriptor = os.open(left, os.O_RDONLY)
             try:
-                hold(descriptor, wait=False)
+                if fcntl:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where somebody holds it
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             finally:
                 os.close(descriptor)
@@ -238,9 +234,8 @@ def setup_processes(device: str | None, precision: str | None) -> tuple[Processe
 
     The precision is bfloat16 on CUDA and float32 elsewhere, unless the user says otherwise.
     """
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default
-                                    in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    chosen = device
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda":

@@ -174,7 +174,8 @@ def cold_caption(setting: Setting, rounds: int, proofs: dict[str, Any]) -> Itera
     picture = setting.pictures_folder / "000000.jpg"
     with two_processes() as ask:
         checkpoints = dict(zip(("baseline", "ours"), ask_both(ask, "save_checkpoint", setting), strict=True))
-        captions = {side: ask(side, "cold_caption", setting, path, picture,
+        exact = setting._replace(device="cpu")  # on a GPU the baseline's convolutions are in TF32
+        captions = {side: ask(side, "cold_caption", exact, path, picture,
                               *(["--precision", "float32"] if side == "ours" else []))[1]
                     for side, path in checkpoints.items()}
         if captions["baseline"] != captions["ours"]:
@@ -251,14 +252,29 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
                       "to the baseline's: of rates higher is better, of memory and cold_caption lower.", "", *coco])
 
 
+def report_of(setting: Setting, rounds: int, figures: dict[str, dict[str, Any]], proofs: dict[str, Any],
+              rates: dict[str, float]) -> dict[str, Any]:
+    """What goes into the JSON file."""
+    ratios = {work: max((row["ratio"] for name, row in figures.items()
+                         if name == work or (work == "memory" and name.startswith("memory"))), default=None)
+              for work in WORKS}  # of memory the worse stage; None: not run
+    settings = {name: value for name, value in setting._asdict().items() if name != "folder"}
+    return {"machine": machine(setting), "ratios": ratios, "figures": figures, "proofs": proofs, "flop_rates": rates,
+            "setting": {**settings, "rounds": rounds}}
+
+
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the works, prints the table, and returns what goes into the JSON file."""
     figures: dict[str, dict[str, Any]] = {}
     proofs: dict[str, Any] = {}
+    rates: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         setting = make_setting(args, Path(folder))
         print(f"drawing {setting.pictures} pictures", file=sys.stderr, flush=True)
         make_data(setting)
+        if any(work.startswith("stage") for work in args.only):
+            with two_processes() as ask:
+                rates = ask("ours", "arithmetic", setting)
         for work in args.only:
             for row, pairs in rounds_of(work, setting, args.rounds, proofs).items():
                 done = []
@@ -268,19 +284,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                           f"{WORKS[work][0]}", file=sys.stderr, flush=True)
                 counted = memory_counted(setting, row) if work == "memory" else WORKS[work][1]
                 figures[row] = figures_of(work, done, counted)
-        with two_processes() as ask:
-            rates = ask("ours", "arithmetic", setting) if any(work.startswith("stage") for work in args.only) else {}
-    ratios = {work: max((row["ratio"] for name, row in figures.items()
-                         if name == work or (work == "memory" and name.startswith("memory"))), default=None)
-              for work in WORKS}  # of memory the worse stage; None: not run
-    settings = {name: value for name, value in setting._asdict().items() if name != "folder"}
-    report = {"machine": machine(setting), "ratios": ratios, "figures": figures, "proofs": proofs,
-              "flop_rates": rates, "setting": {**settings, "rounds": args.rounds}}
+            report = report_of(setting, args.rounds, figures, proofs, rates)
+            if args.json:  # after each work, so that what stops a later one does not lose it
+                Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     print(table(figures))
     if rates:
         print(f"\n{shares(rates, setting.precision)}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 

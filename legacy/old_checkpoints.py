@@ -79,9 +79,8 @@ def load_pickled_modules(path: str | Path) -> dict[str, Any]:
     model = {"encoder": resnets[blocks], "encoded_image_size": image_size, "attention_dim": attention_dim,
              "embed_dim": embed_dim, "decoder_dim": decoder["init_h.weight"].shape[0], "vocab_size": vocab_size,
              "encoder_dim": encoder_dim, "dropout": 0.5}
-    return {"encoder": encoder, "decoder": decoder, "word_map": None, "model": model,
-            "preprocessing": None, "scores": {"bleu4_teacher_forced": 100 * float(pickled.get("bleu-4", math.nan))},
-            "training": None}
+    scores = {"bleu4_teacher_forced": 100 * float(pickled.get("bleu-4", math.nan))}
+    return {"encoder": encoder, "decoder": decoder, "word_map": None, "model": model, "scores": scores}
 
 
 def read_container(path: str | Path) -> tuple[Any, dict[str, bytearray]]:

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import datasets
 from datasets import (
     CaptionDataset,
     EpochSampler,
@@ -29,7 +28,6 @@ from datasets import (
     check_pixels,
     encode,
     image_loader,
-    keep_features,
     load_word_map,
     normalize,
     read_image,
@@ -37,6 +35,8 @@ from datasets import (
     words_of,
 )
 from models import Encoder
+from training import features as features_module
+from training.features import Features, keep_features
 from utils import InputError, autocast
 
 BASE = "old_2_cap_per_img_0_min_word_freq"
@@ -89,7 +89,7 @@ PICTURES = {
     "F": (grey(150.4, np.float32), "tiff", {}, (150, 150, 150)),
     "F, below": (grey(-9, np.float32), "tiff", {}, (0, 0, 0)),
     "F, above": (grey(300, np.float32), "tiff", {}, (255, 255, 255)),
-    "LAB": (Image.new("LAB", (4, 4), (255, 128, 128)), "tiff", {}, (255, 255, 255)),
+    "LAB": (Image.new("LAB", (4, 4), (128, 128, 128)), "tiff", {}, (119, 119, 119)),
 }
 
 
@@ -98,6 +98,12 @@ def test_every_mode_becomes_its_colour(tmp_path, picture, suffix, options, color
     pixels = read_image(save(tmp_path / f"x.{suffix}", picture, **options))
     assert (pixels.shape, pixels.dtype) == ((3, 256, 256), np.uint8)
     assert np.abs(pixels.astype(int) - np.reshape(color, (3, 1, 1))).max() <= (picture.mode in ("CMYK", "LAB"))
+
+
+def test_a_palette_with_clear_colours_is_on_white():
+    picture = Image.new("P", (4, 4), 1)
+    picture.putpalette([0, 0, 0, 255, 200, 0, 0, 0], "RGBA")
+    assert (read_image(picture) == 255).all()
 
 
 def test_pixels_are_pillows_bilinear_resize(tmp_path):
@@ -432,7 +438,7 @@ def test_an_interrupted_file_of_features_is_gone_on_with(copied, monkeypatch):
             raise KeyboardInterrupt
         return grid(self, images)
 
-    monkeypatch.setattr(datasets, "FEATURES_AT_ONCE", 2)
+    monkeypatch.setattr(features_module, "FEATURES_AT_ONCE", 2)
     monkeypatch.setattr(Encoder, "grid", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         keep_features(copied, encoder, CPU, "float32", 0, show=False)
@@ -452,7 +458,7 @@ def test_an_interrupted_file_of_features_is_gone_on_with(copied, monkeypatch):
 def test_features_may_be_larger_than_memory(tmp_path):
     """A file with holes, which takes no space."""
     size = 256 * 2048
-    features = datasets.Features(tmp_path / "features.bin", 10 ** 6, (1, 256, 2048), torch.bfloat16)
+    features = Features(tmp_path / "features.bin", 10 ** 6, (1, 256, 2048), torch.bfloat16)
     with open(features.path, "wb") as file:
         file.truncate(features.n_bytes)
         file.seek((10 ** 6 - 1) * 2 * size)

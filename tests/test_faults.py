@@ -35,6 +35,7 @@ import create_input_files
 import datasets
 import eval
 import train
+from training import features
 from utils import run_script, sweep, whole_file
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and forks are POSIX's")
@@ -58,7 +59,7 @@ def script(name: str, arguments: list[str], output: str, *faults: tuple[Any, ...
     """What such a process does: a script from its command line, with its output in a file, and maybe faults."""
     multiprocessing.set_start_method("fork", force=True)  # for the processes that read pictures
     torch.set_num_threads(1)
-    datasets.FEATURES_AT_ONCE = 4
+    features.FEATURES_AT_ONCE = 4
     os.environ["PATH"] = ""  # without Java, whose score takes long
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -125,8 +126,8 @@ def leftovers(*folders: Path) -> list[str]:
 # ---- killed ----------------------------------------------------------------------------------------------------------
 
 KILLS: list[tuple[str, int] | None] = [  # None: at a random moment, at the latest in its second step
-    ("train.load_word_map", 1), ("os.fsync", 2), ("datasets._write_features", 2), ("Path.replace", 1), None, None,
-    ("train.train_step", 2), ("torch.save", 1), ("os.fsync", 1), ("Path.replace", 1), None, None, None,
+    ("train.load_word_map", 1), ("os.fsync", 2), ("training.features._write_features", 2), ("Path.replace", 1), None,
+    None, ("train.train_step", 2), ("torch.save", 1), ("os.fsync", 1), ("Path.replace", 1), None, None, None,
     ("train.validate", 1), ("train.bleu", 1), ("train.draw_curves", 1), ("torch.save", 1), ("Path.replace", 2),
     ("train.save_checkpoint", 2), None, None, ("train.run_stage", 2), ("train.read_checkpoint", 2), None, None,
     ("torch.save", 3), None]
@@ -265,7 +266,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(server: Any, folders: list[Pa
         assert_same_files(tmp_path / "out", alone, prepared)
 
 
-@pytest.mark.parametrize("where", ["train.load_word_map", "train.make_learner", "datasets.encode"])
+@pytest.mark.parametrize("where", ["train.load_word_map", "train.make_learner", "training.features.encode"])
 def test_stopped_before_there_is_anything_to_save(server: Any, prepared: Prepared, tmp_path: Path, where: str) -> None:
     shutil.copytree(prepared.folder, tmp_path / "data")
     output = tmp_path / "output"

@@ -457,6 +457,19 @@ def test_the_best_checkpoint_of_another_run_is_neither_overwritten_nor_gone_on_w
     run(prepared, tmp_path, "--checkpoint", straight / f"checkpoint_{prepared.name}.pth.tar")
 
 
+def test_a_best_checkpoint_that_tells_no_score_is_not_overwritten(prepared: Prepared, straight: Path,
+                                                                  tmp_path: Path) -> None:
+    """The original tutorial's, or one stripped for publishing: any epoch would count as better."""
+    published = tmp_path / f"BEST_checkpoint_{prepared.name}.pth.tar"
+    torch.save(load(straight, prepared, "BEST_checkpoint_") | {"training": None}, published)
+    before = published.read_bytes()
+    with pytest.raises(InputError, match=f"{published} would be overwritten.*name another --output_folder"):
+        run(prepared, tmp_path, "--stage", 2, "--checkpoint", published)
+    assert published.read_bytes() == before
+    (row,) = run(prepared, tmp_path / "tuned", "--stage", 2, "--epochs", 1, "--checkpoint", published)
+    assert row["stage"] == 2
+
+
 def test_another_number_of_epochs_is_said_where_rates_depend_on_it(prepared: Prepared, tmp_path: Path,
                                                                    capsys: pytest.CaptureFixture[str]) -> None:
     there = tmp_path / f"checkpoint_{prepared.name}.pth.tar"

@@ -113,8 +113,8 @@ def take_up(training: dict[str, Any], args: argparse.Namespace, processes: Proce
                          "go on with the same")
     if processes.rank == 0:
         keep_best(args)
-    stood, stands = (batches_of(flags, training["stage"], world_size) for flags, world_size in (
-        (before, training["world_size"]), (vars(args), processes.world_size)))
+    stood = batches_of(before, training["stage"], training["world_size"])
+    stands = batches_of(vars(args), training["stage"], processes.world_size)
     if training["step"] and stood != stands:
         training |= UNBEGUN
         others = ", ".join(name for name in stood if stood[name] != stands[name])

@@ -1,0 +1,111 @@
+"""The features of a frozen encoder, computed once and kept beside the pictures (train.py --cache_features)."""
+from __future__ import annotations
+
+import glob
+import hashlib
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from datasets import PREPROCESSING, CaptionDataset, Pictures, encode
+from utils import InputError, autocast, hold, ignore_signals, progress, writing
+
+FEATURES_AT_ONCE = 32  # pictures encoded between two writes
+
+
+class Features:
+    """The features of all pictures of a split, (h, w, C) each, in a file that is read through a memory map."""
+
+    def __init__(self, path: Path, n_images: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.path, self.shape, self.dtype = path, (n_images, *shape), dtype
+        self.n_bytes = math.prod(self.shape) * dtype.itemsize
+        self._open: np.memmap | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self._open is None:
+            try:  # read-only: Linux refuses a writable map that is larger than its memory
+                self._open = np.memmap(self.path, np.uint8, "r", shape=(len(self), self.n_bytes // len(self)))
+            except (OSError, ValueError) as error:
+                raise InputError(f"{self.path} cannot be read any more ({error}); go on from the last checkpoint, "
+                                 "which makes it again") from error
+        return torch.from_numpy(np.array(self._open[i])).view(self.dtype).view(self.shape[1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}  # a worker process maps the file itself
+
+
+def keep_features(dataset: CaptionDataset, encoder: nn.Module, device: torch.device, precision: str, workers: int,
+                  show: bool = True) -> None:
+    """Encodes each picture once, into a file beside the pictures; from then on the data set gives these features.
+
+    A frozen encoder gives the same features every epoch. They are kept in the run's own precision, so that nothing
+    that is computed from them changes. The file's name holds a digest of all that they depend on; an unfinished one
+    is gone on with. Of several processes on a machine the first encodes, and the others wait for the file.
+
+    Raises:
+        InputError: too little space on the disk.
+    """
+    with torch.inference_mode(), autocast(device, precision):
+        shape = encode(encoder, dataset.picture(0).unsqueeze(0), device).shape[1:]
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    pixels = dataset.path.stat()
+    digest = hashlib.sha256(repr((str(encoder), PREPROCESSING, dtype, pixels.st_size, pixels.st_mtime_ns)).encode())
+    for tensor in encoder.state_dict().values():
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    name = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
+    path = dataset.path.with_name(f"{name}_{digest.hexdigest()[:16]}.bin")
+    others = [each for each in path.parent.glob(f"*{glob.escape(name)}_*") if path.name not in each.name]
+    if others and show:  # not deleted: another run may be using them
+        print(f"features of other encoders, precisions or pictures take {sum(each.stat().st_size for each in others):,}"
+              f" bytes; delete what no run needs: {' '.join(map(str, others))}")
+    features = Features(path, dataset.n_images, shape, dtype)
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not path.is_file():
+        _write_features(features, dataset, encoder, device, precision, workers, show)
+    while not path.is_file():
+        time.sleep(0.2)
+    dataset.features = features
+
+
+@torch.inference_mode()
+def _write_features(features: Features, dataset: CaptionDataset, encoder: nn.Module, device: torch.device,
+                    precision: str, workers: int, show: bool) -> None:
+    partial = features.path.with_name(f".{features.path.name}.{platform.node()}.part")
+    size = features.n_bytes // len(features)
+    done = partial.stat().st_size // size if partial.is_file() else 0
+    free = shutil.disk_usage(partial.parent).free
+    if features.n_bytes - done * size > free:
+        raise InputError(f"the features of {dataset.path} need {features.n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+                         f"are free in {partial.parent}; make room, or leave out --cache_features")
+    with writing(partial):
+        file = open(partial, "ab")
+    with file:
+        hold(file)  # waits while another run on this machine writes it
+        if features.path.is_file():
+            return               # that run wrote it all
+        done = file.tell() // size // FEATURES_AT_ONCE * FEATURES_AT_ONCE  # batches as in one go, for the same bits
+        file.truncate(done * size)
+        rest = torch.utils.data.Subset(Pictures(dataset), range(done, dataset.n_images))
+        bar = progress(None, f"features, {dataset.split}", "picture", show, total=dataset.n_images, initial=done)
+        for pictures, *_ in DataLoader(rest, FEATURES_AT_ONCE, num_workers=workers, worker_init_fn=ignore_signals):
+            with autocast(device, precision):
+                rows = encode(encoder, pictures, device)
+            with writing(partial):
+                file.write(rows.to(features.dtype).cpu().contiguous().view(torch.uint8).numpy())
+                file.flush()
+                os.fsync(file.fileno())  # what the file's length promises is on the disk
+            bar.update(len(pictures))
+        bar.close()
+        partial.replace(features.path)
