@@ -148,7 +148,7 @@ def arithmetic(setting: Setting) -> dict[str, float]:
         run.train.features = None
     pixels = batch[0].to(device)
     if device.type == "cuda":
-        pixels = pixels.repeat(20, 1, 1, 1)  # as many as evaluation encodes; few would leave it idle
+        pixels = pixels.repeat(20, 1, 1, 1)  # about as many as evaluation encodes at once
 
     def encode_pixels() -> None:
         with torch.no_grad(), autocast(device, setting.precision):
