@@ -110,7 +110,7 @@ def in_one_line(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, RuntimeError) and "onnection" in text and dist.is_initialized():
         return "another process ended, and so does this one"
     ours = [f"{Path(file).name}:{line}" for file, line, *_ in traceback.extract_tb(error.__traceback__)[1:]
-            if Path(file).parent == Path(__file__).parent]
+            if Path(__file__).parent in Path(file).parents and "site-packages" not in file]
     return f"a fault of this program, please report it ({reason(error)}; {' '.join(ours)}); --debug shows more"
 
 

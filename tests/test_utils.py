@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import utils
+from training.curves import draw_curves
 from utils import InputError, Processes, UsageError, load_embeddings, run_script, setup_processes, whole_file
 
 WORDS = {"<pad>": 0, "a": 1, "red": 2, "of": 3, "<unk>": 4}
@@ -193,9 +194,9 @@ def test_a_bug_is_one_line_that_says_where(debug, monkeypatch, capsys):
     """And its traceback, if that was asked for; main() knows nothing of it."""
     monkeypatch.setattr("sys.argv", ["train.py", *["--debug"] * debug])
     with pytest.raises(SystemExit) as stop:
-        run_script(lambda args: vars(args) or utils.load_embeddings(None, None), argparse.ArgumentParser())
+        run_script(lambda args: vars(args) or draw_curves([{}], Path()), argparse.ArgumentParser())
     assert "\n" not in stop.value.code and "--debug" in stop.value.code and "report it" in stop.value.code
-    assert "TypeError" in stop.value.code and re.search(r"utils\.py:\d+\)", stop.value.code)
+    assert "KeyError" in stop.value.code and re.search(r"curves\.py:\d+\)", stop.value.code)
     assert ("Traceback" in capsys.readouterr().err) == debug
 
 
