@@ -55,6 +55,8 @@ def _torchvision_trunk(name: str, weights: str | dict[str, Tensor] | None) -> li
             raise ValueError("it is no classifier")  # a detector would fetch weights of its own
         model = torchvision.models.get_model(name, weights=weights if isinstance(weights, str) else None)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken download fails its checksum
+        if not isinstance(weights, str):
+            raise
         raise OSError(f"the {weights} weights of {name} could not be fetched ({error}). Fetch them on another machine "
                       "and give the file with --encoder_weights FILE, or start from nothing with "
                       "--encoder_weights none") from error
@@ -63,8 +65,8 @@ def _torchvision_trunk(name: str, weights: str | dict[str, Tensor] | None) -> li
     if isinstance(weights, dict):
         model.load_state_dict(weights)
     layers = list(model.features if hasattr(model, "features") else model.children())
-    while isinstance(layers[-1], (nn.Linear, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is VGG's: the paper
-        layers.pop()                                                                # looks at the 14x14x512 map
+    while isinstance(layers[-1], (nn.Linear, nn.Dropout, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is VGG's:
+        layers.pop()                                                           # the paper looks at the 14x14x512 map
     return layers
 
 
@@ -120,7 +122,8 @@ class Encoder(nn.Module):
                     first_tuned = index
         except (RuntimeError, TypeError, ValueError, AssertionError):  # layers that are no chain of convolutions
             first_tuned = None
-        if len(self.resnet) < 2 or first_tuned is None or features.dim() != 4 or features.size(2) != features.size(3):
+        shape = features.shape
+        if len(self.resnet) < 2 or first_tuned is None or len(shape) != 4 or not 1 < shape[2] == shape[3]:
             raise ValueError(f"{name} has no convolutional trunk that attention could look at; resnet101, vgg16, "
                              "efficientnet_b0, mobilenet_v3_large and convnext_tiny are some that do")
         return features.size(1), first_tuned
@@ -358,6 +361,8 @@ class DecoderWithAttention(nn.Module):
         lengths, order = caption_lengths.squeeze(1).sort(descending=True, stable=True)
         rows = order.to(features.device, non_blocking=True)
         captions, decode_lengths = encoded_captions[rows], (lengths - 1).tolist()
+        if len(order) % len(features):
+            raise ValueError(f"{len(order)} captions do not belong to {len(features)} pictures")
         picture = rows * len(features) // len(order)                            # (N,), of each caption
 
         known = self.prepare(features, pooling)
@@ -474,9 +479,12 @@ def build_models(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[
     """
     arguments = dict(checkpoint["model"])
     try:
-        with torch.device("meta"):  # shapes alone: first weights, replaced at once, would take a second to draw
-            encoder = Encoder(arguments.pop("encoded_image_size"), arguments.pop("encoder"))
-            decoder = DecoderWithAttention(**arguments)
+        size, name = arguments.pop("encoded_image_size"), arguments.pop("encoder")
+        try:
+            with torch.device("meta"):  # shapes alone: first weights, replaced at once, would take a second to draw
+                encoder, decoder = Encoder(size, name), DecoderWithAttention(**arguments)
+        except RuntimeError:  # RegNet computes with its first weights
+            encoder, decoder = Encoder(size, name), DecoderWithAttention(**arguments)
         if encoder.enc_image_size > 256:
             raise ValueError(f"a map of {encoder.enc_image_size} pixels is larger than the picture")
         encoder.load_state_dict(checkpoint["encoder"], assign=True)

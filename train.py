@@ -201,8 +201,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not 1 <= len(values) <= 2 or min(values) < least:
             raise UsageError(f"--{name} takes one number for both stages or two, one for each, {least} or more")
     sizes = ("emb_dim", "attention_dim", "decoder_dim", "encoded_image_size", "print_freq")
-    if min(getattr(args, name) for name in sizes) < 1 or (args.workers or 0) < 0:
-        raise UsageError(f"--{', --'.join(sizes)} are 1 or more, --workers 0 or more")
+    if min(getattr(args, name) for name in sizes) < 1 or (args.workers or 0) < 0 or args.encoded_image_size > 256:
+        raise UsageError(f"--{', --'.join(sizes)} are 1 or more, --workers 0 or more, --encoded_image_size 256 or less")
     if not (0 <= args.dropout < 1 and 0 <= args.label_smoothing < 1 and 0 <= args.scheduled_sampling <= 1):
         raise UsageError("--dropout and --label_smoothing are from 0 to below 1, --scheduled_sampling from 0 to 1")
     if not (all(0 < rate < math.inf for rate in (args.encoder_lr, *args.decoder_lr, args.grad_clip))
@@ -288,11 +288,9 @@ def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
     """Models and optimizers, new ones or those of a checkpoint; the same on every process."""
     args, processes = run.args, run.processes
     torch.manual_seed(args.seed)
-    if start:
-        arguments = {**start["model"], "dropout": args.dropout}
-        encoder, decoder = build_models({**start, "model": arguments}, args.checkpoint)
-    else:
-        encoder, decoder, arguments = new_models(run)
+    weights = start or new_models(run)
+    arguments = {**weights["model"], "dropout": args.dropout}
+    encoder, decoder = build_models({**weights, "model": arguments}, args.checkpoint or f"--encoder {args.encoder}")
     encoder.fine_tune(stage == 2)
     decoder.fine_tune_embeddings(not args.freeze_embeddings)
     encoder, decoder = encoder.to(processes.device), decoder.to(processes.device)
@@ -311,8 +309,8 @@ def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
     return Learner(encoder, decoder, optimizers, arguments)
 
 
-def new_models(run: Run) -> tuple[Encoder, DecoderWithAttention, dict[str, Any]]:
-    """An encoder with pretrained weights, a decoder with random ones, and the arguments that rebuild them."""
+def new_models(run: Run) -> dict[str, Any]:
+    """An encoder with pretrained weights and a decoder with random ones, as a checkpoint holds them."""
     args = run.args
     weights: Any = args.encoder_weights
     if weights == "none" or run.processes.rank > 0:  # the first process's weights go to the others
@@ -338,7 +336,8 @@ def new_models(run: Run) -> tuple[Encoder, DecoderWithAttention, dict[str, Any]]
     decoder = DecoderWithAttention(**arguments)
     if args.embeddings:
         decoder.load_pretrained_embeddings(embeddings)
-    return encoder, decoder, {"encoder": args.encoder, "encoded_image_size": encoder.enc_image_size, **arguments}
+    return {"model": {"encoder": args.encoder, "encoded_image_size": encoder.enc_image_size, **arguments},
+            "encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
 
 
 def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSampler, state: dict[str, Any],

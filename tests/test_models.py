@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from models import Attention, DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
@@ -321,11 +322,12 @@ def test_doubly_stochastic_is_zero_where_every_pixel_was_looked_at_once() -> Non
 
 @pytest.mark.parametrize(("name", "encoder_dim"), [
     ("resnet18", 512), ("vgg11", 512), ("efficientnet_b0", 1280), ("mobilenet_v3_small", 576), ("convnext_tiny", 768),
-    ("efficientnet_lite0", 1280)])
+    ("efficientnet_lite0", 1280), ("regnet_x_400mf", 400)])  # RegNet computes with its first weights
 def test_encoders_give_a_grid_of_features(name: str, encoder_dim: int) -> None:
-    encoder = Encoder(name=name)
+    """And a checkpoint of each can be read."""
+    encoder, images = Encoder(name=name), torch.ones(1, 3, 256, 256)
     with torch.inference_mode():
-        assert encoder(torch.zeros(1, 3, 256, 256)).shape == (1, 14, 14, encoder_dim)
+        assert encoder(images).shape == (1, 14, 14, encoder_dim)
     assert encoder.encoder_dim == encoder_dim
     learning = [any(each.requires_grad for each in layer.parameters()) for layer in encoder.resnet]
     assert not any(learning)
@@ -334,6 +336,11 @@ def test_encoders_give_a_grid_of_features(name: str, encoder_dim: int) -> None:
     assert tuned.index(True) > 0 or not list(encoder.resnet[0].parameters())
     assert all(tuned[encoder.first_tuned:])
     assert not any(each.requires_grad for layer in encoder.resnet[:encoder.first_tuned] for each in layer.parameters())
+    sizes = {"attention_dim": 4, "embed_dim": 4, "decoder_dim": 4, "vocab_size": 9, "encoder_dim": encoder_dim}
+    again, _ = build_models({"model": {"encoder": name, "encoded_image_size": 14, **sizes},
+                             "encoder": encoder.state_dict(), "decoder": DecoderWithAttention(**sizes).state_dict()})
+    with torch.inference_mode():
+        assert torch.equal(again(images), encoder(images))
 
 
 def test_of_a_resnet_blocks_two_to_four_are_tuned() -> None:
@@ -363,6 +370,18 @@ def test_an_encoder_stays_in_eval_mode() -> None:
 def test_what_has_no_convolutional_trunk_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Encoder(name=name)
+
+
+def test_one_pixel_is_no_grid_to_look_at(monkeypatch) -> None:
+    monkeypatch.setattr("models._torchvision_trunk", lambda *_: [nn.Conv2d(3, 8, 16, 16), nn.AdaptiveAvgPool2d(1)])
+    with pytest.raises(ValueError, match="no convolutional trunk"):
+        Encoder(name="pooled")
+
+
+def test_captions_that_belong_to_no_picture_are_refused() -> None:
+    decoder = DecoderWithAttention(4, 4, 4, 9, encoder_dim=4)
+    with pytest.raises(ValueError, match="3 captions do not belong to 2 pictures"):
+        decoder(torch.zeros(2, 2, 2, 4), torch.ones(3, 5, dtype=torch.long), torch.full((3, 1), 4))
 
 
 def test_weights_of_a_whole_classifier_are_taken_by_the_trunk() -> None:

@@ -277,6 +277,7 @@ def test_a_step_is_the_plain_arithmetic(prepared: Prepared, tmp_path: Path, stag
     """Dropout, both terms of the loss, each gradient cut off, Adam; in stage 1 nothing of it for the encoder."""
     setting = setting_of(prepared, tmp_path)
     learner = train.make_learner(stage, None, setting)
+    learner.decoder.train()
     with torch.no_grad():
         learner.encoder.resnet[-1][1].weight.fill_(1e7)  # random layers leave almost nothing of a picture
     encoder, decoder = copy.deepcopy(learner.encoder), copy.deepcopy(learner.decoder)
