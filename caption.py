@@ -31,7 +31,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 
-from datasets import encode, open_image, read_image, read_word_map, to_rgb, words_of
+from datasets import encode, open_image, read_image, read_word_map, reverse, to_rgb, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models
 from utils import (
     InputError,
@@ -120,14 +120,15 @@ def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image],
     Raises:
         InputError: a picture cannot be read.
     """
-    return [[to_caption(each, model.word_map) for each in hypotheses]
+    words = reverse(model.word_map)
+    return [[to_caption(each, words) for each in hypotheses]
             for i in range(0, len(images), batch_size)
             for hypotheses in caption_paths(model.encoder, model.decoder, images[i:i + batch_size], model.word_map,
                                             beam_size, max_len, n_best, model.precision, length_penalty)]
 
 
-def to_caption(hypothesis: Hypothesis, word_map: dict[str, int]) -> Caption:
-    words = words_of(hypothesis.sequence, word_map)
+def to_caption(hypothesis: Hypothesis, rev_word_map: dict[int, str]) -> Caption:
+    words = words_of(hypothesis.sequence, rev_word_map)
     alphas = to_grid(hypothesis.alphas)[1:1 + len(words)].numpy()  # the first is of <start>
     return Caption(words, alphas, hypothesis.log_prob, hypothesis.finished)
 
@@ -360,13 +361,12 @@ def figure_paths(out: str, pictures: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def draw(path: Path, figure_path: Path, hypothesis: Hypothesis, word_map: dict[str, int], smooth: bool) -> None:
+def draw(path: Path, figure_path: Path, hypothesis: Hypothesis, rev_word_map: dict[int, str], smooth: bool) -> None:
     """Where the model looked in a picture, as a .gif or a .png file."""
     with whole_file(figure_path, "wb") as file:
         if figure_path.suffix.lower() == ".gif":
-            write_gif(file, path, to_caption(hypothesis, word_map), smooth)
+            write_gif(file, path, to_caption(hypothesis, rev_word_map), smooth)
         else:
-            rev_word_map = {index: word for word, index in word_map.items()}
             figure = visualize_att(path, hypothesis.sequence, to_grid(hypothesis.alphas), rev_word_map, smooth)
             figure.savefig(file, format="png", dpi=80)
 
@@ -388,7 +388,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     page = bool(figures) and figures[0].suffix.lower() in PAGES
     encoder, decoder, word_map, precision = load(args.model or find_model(), args.word_map, args.device, args.precision)
 
-    results, shown = [], []
+    results, shown, rev_word_map = [], [], reverse(word_map)
     first_ones = range(0, len(pictures), args.batch_size)
     bar = progress(first_ones, "captions", "batch", len(first_ones) > 1)
     for i in bar:
@@ -396,7 +396,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         found = caption_paths(encoder, decoder, batch, word_map, args.beam_size, args.max_len, args.n_best, precision,
                               args.length_penalty)
         for j, (path, hypotheses) in enumerate(zip(batch, found, strict=True), i):
-            captions = [to_caption(each, word_map) for each in hypotheses]
+            captions = [to_caption(each, rev_word_map) for each in hypotheses]
             results.append({"image": str(path), "captions": [
                 {"caption": " ".join(each.words), "log_prob": each.log_prob, "finished": each.finished}
                 for each in captions]})
@@ -406,7 +406,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             if page:
                 shown.append(html_figure(path, path.name, captions))
             elif figures:
-                draw(path, figures[j], hypotheses[0], word_map, args.smooth)
+                draw(path, figures[j], hypotheses[0], rev_word_map, args.smooth)
     if page:
         write_page(figures[0], "What the model saw", {"": shown}, args.smooth)
     text = printable(json.dumps(results, indent=2, ensure_ascii=False))  # a file's name may hold what is no letter

@@ -136,11 +136,14 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: not a JSON file ({reason(error)}); get or make it again") from error
 
 
-def words_of(sequence: Sequence[int], word_map: dict[str, int]) -> list[str]:
+def reverse(word_map: dict[str, int]) -> dict[int, str]:
+    return {index: word for word, index in word_map.items()}
+
+
+def words_of(sequence: Sequence[int], rev_word_map: dict[int, str]) -> list[str]:
     """The words of a caption, without <start>, <end> and <pad>."""
-    words = {index: word for word, index in word_map.items()}
-    silent = {word_map["<start>"], word_map["<end>"], word_map["<pad>"]}
-    return [words[index] for index in sequence if index not in silent]
+    words = [rev_word_map[index] for index in sequence]
+    return [word for word in words if word not in {"<start>", "<end>", "<pad>"}]
 
 
 def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
@@ -264,9 +267,8 @@ class CaptionDataset(Dataset):
                 raise InputError(f"{self.references_path} is of {count} pictures, or of other than words; {self.path} "
                                  f"holds {self.n_images}; make them again with create_input_files.py --overwrite")
             return references
-        words = {index: word for word, index in word_map.items()} | {word_map["<unk>"]: "<unknown>"}
-        silent = {word_map["<start>"], word_map["<end>"], word_map["<pad>"]}
-        sentences = [[words[index] for index in caption if index not in silent] for caption in self.captions.tolist()]
+        words = reverse(word_map) | {word_map["<unk>"]: "<unknown>"}
+        sentences = [words_of(caption, words) for caption in self.captions.tolist()]
         return [sentences[i:i + self.cpi] for i in range(0, len(sentences), self.cpi)]
 
 

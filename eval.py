@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from caption import PAGES, Captioner, caption_images, check_length_penalty, html_figure, write_page
-from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, words_of
+from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, reverse, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
 from utils import (
     InputError,
@@ -114,7 +114,7 @@ def validate(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDa
     """
     decoder.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=processes.device)
-    forced, generated = [], []
+    forced, generated, rev_word_map = [], [], reverse(word_map)
     loader = image_loader(dataset, batch_size, workers, processes.rank, processes.world_size, processes.device)
     for images, captions, lengths in progress(loader, "validation", "batch", processes.rank == 0):
         with autocast(processes.device, precision):
@@ -128,7 +128,7 @@ def validate(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDa
         said = [words[:n] for words, n in zip(predicted.tolist(), decode_lengths, strict=True)]
         said = [said[i] for i in order.argsort().tolist()]                      # as the pictures are, not by length
         forced += [said[i:i + dataset.cpi] for i in range(0, len(said), dataset.cpi)]
-        generated += [words_of(hypotheses[0].sequence, word_map) for hypotheses in best]
+        generated += [words_of(hypotheses[0].sequence, rev_word_map) for hypotheses in best]
     if processes.world_size > 1:
         dist.all_reduce(sums)
     forced, generated = interleave(gather(forced, processes)), interleave(gather(generated, processes))
@@ -286,7 +286,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     own_words = read_word_map(args.word_map) if args.word_map else data_words
     checkpoint = broadcast(load_checkpoint(path, own_words) if first else None, processes)
     encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint, path))
-    word_map = checkpoint["word_map"]
+    word_map, rev_word_map = checkpoint["word_map"], reverse(checkpoint["word_map"])
     references = dataset.references(data_words)
     if first and not shutil.which("java"):
         print("Java was not found: METEOR is left out (install a Java runtime, say default-jre)", file=sys.stderr)
@@ -300,7 +300,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - started
         if not first:
             continue
-        captions = [words_of(each.sequence, word_map) for each in found]
+        captions = [words_of(each.sequence, rev_word_map) for each in found]
         unfinished = sum(not each.finished for each in found) / len(found)
         rows.append({"beam": beam_size, "length penalty": args.length_penalty, **score(references, captions),
                      "unfinished": unfinished, "seconds": seconds, "images/s": len(found) / seconds})

@@ -46,11 +46,11 @@ from training.features import keep_features
 from training.resume import (
     UNBEGUN,
     check_model,
-    find_own_place,
     how_to_go_on,
     launch,
     of_stage,
     output_path,
+    own_place,
     read_checkpoint,
     stage_state,
     take_up,
@@ -171,7 +171,11 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains, and returns the rows of the log."""
     check_arguments(args)
     processes, precision = setup_processes(args.device, args.precision)
-    find_own_place(args, processes)
+    with own_place(args, processes):
+        return run_stages(args, processes, precision)
+
+
+def run_stages(args: argparse.Namespace, processes: Processes, precision: str) -> list[dict[str, Any]]:
     args.workers = loader_workers(args.workers, processes.device)
     word_map = load_word_map(args.data_folder, args.data_name)
     train, val = (CaptionDataset(args.data_folder, args.data_name, split) for split in ("TRAIN", "VAL"))
@@ -225,7 +229,7 @@ def first_checkpoint(run: Run) -> dict[str, Any] | None:
     check_model(start, run.args, get_parser().get_default)
     best = output_path(run.args, "BEST_checkpoint_")
     if start["training"]:
-        for line in take_up(start["training"], run.args, run.processes):
+        for line in take_up(start, run.args, run.processes):
             run.say(line)
     elif best.exists():  # and the first epoch, whatever it scores, would replace it
         raise InputError(f"{best} would be overwritten, as {run.args.checkpoint} tells no score to beat; name another "

@@ -97,9 +97,12 @@ def printable(text: str) -> str:
 def in_one_line(error: Exception, args: argparse.Namespace) -> str:
     """What to say of a failure: what the user can do, or, of one that was not to be expected, where it arose."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        sizes = args.batch_size if isinstance(args.batch_size, list) else [args.batch_size]
-        return (f"the GPU's memory is too small for --batch_size {' '.join(map(str, sizes))}; try --batch_size "
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search("ALLOC_FAILED|an't allocate memory", text):
+        sizes = getattr(args, "batch_size", 1)
+        sizes = sizes if isinstance(sizes, list) else [sizes]
+        if max(sizes) == 1:
+            return "the memory is too small; end other programs, or take another machine or --device"
+        return (f"the memory is too small for --batch_size {' '.join(map(str, sizes))}; try --batch_size "
                 f"{' '.join(str(max(1, size // 2)) for size in sizes)}")
     if isinstance(error, (InputError, OSError, ImportError)):
         # Of what went wrong in a DataLoader's process, the text is the whole traceback there.

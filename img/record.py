@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are
 
 from caption import Captioner, caption_images, load, to_grid  # noqa: E402
-from datasets import encode, read_image, words_of  # noqa: E402
+from datasets import encode, read_image, reverse, words_of  # noqa: E402
 from demo.demo import NAME  # noqa: E402
 from img.draw import LEAD, PHOTOGRAPHS, PHOTOS, RECORD, SCENE, photograph  # noqa: E402
 from models import DecoderWithAttention, build_models  # noqa: E402
@@ -36,7 +36,7 @@ def grow(decoder: DecoderWithAttention, features: torch.Tensor, word_map: dict[s
         For each step the candidates, best first: parent (its place in the step before), word, log-probability, and
         whether it was "kept", "ended" or "dropped".
     """
-    words = {index: word for word, index in word_map.items()}
+    words = reverse(word_map)
     alive, levels = [(0, [word_map["<start>"]], 0.0)], []
     while alive and len(levels) < max_len:
         candidates = []
@@ -106,7 +106,7 @@ def record_demo(folder: Path) -> None:
     (lead, *_), = caption_images(Captioner(encoder, decoder, word_map, "float32"),
                                  [folder / "shapes" / "images" / f"shapes_test_{LEAD:04d}.png"], BEAM_SIZE)
     content = {"log": log_of(log),
-               "words": [*words_of(best.sequence, word_map), "<end>"],
+               "words": [*words_of(best.sequence, reverse(word_map)), "<end>"],
                "alphas": rounded(to_grid(best.alphas)[1:].numpy()),
                "lead": {"words": lead.words, "alphas": rounded(lead.alphas)},
                "tree": [[(place, word, round(total, 2), fate) for place, word, total, fate in level] for level in tree]}

@@ -28,7 +28,7 @@ from caption import (
     to_grid,
     visualize_att,
 )
-from datasets import load_word_map, words_of
+from datasets import load_word_map, reverse, words_of
 from models import Hypothesis
 from utils import InputError
 
@@ -67,7 +67,7 @@ def run(checkpoint, monkeypatch, tmp_path):
 
 
 def sentence(hypothesis: Hypothesis, model: Model) -> str:
-    return " ".join(words_of(hypothesis.sequence, model.words))
+    return " ".join(words_of(hypothesis.sequence, reverse(model.words)))
 
 
 # ---- searching -------------------------------------------------------------------------------------------------------

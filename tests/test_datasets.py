@@ -32,6 +32,7 @@ from datasets import (
     normalize,
     read_image,
     read_word_map,
+    reverse,
     words_of,
 )
 from models import Encoder
@@ -310,7 +311,7 @@ def test_references_are_what_people_wrote(prepared):
 def test_references_of_old_folders_are_decoded_and_unknown_words_match_nothing(old):
     references = CaptionDataset(old, BASE, "VAL").references(WORDS)
     assert references == [[["a", "<unknown>"], ["dog", "runs"]]]
-    generated = words_of([5, 1, 4, 6, 0], WORDS)
+    generated = words_of([5, 1, 4, 6, 0], reverse(WORDS))
     assert generated == ["a", "<unk>"] and generated not in references[0]
 
 
@@ -574,8 +575,8 @@ def test_a_word_map_comes_back_as_written(old):
 
 
 def test_words_of_leaves_out_what_is_never_said():
-    assert words_of([5, 1, 2, 4, 6, 0, 0], WORDS) == ["a", "dog", "<unk>"]
-    assert words_of([5, 6], WORDS) == []
+    assert words_of([5, 1, 2, 4, 6, 0, 0], reverse(WORDS)) == ["a", "dog", "<unk>"]
+    assert words_of([5, 6], reverse(WORDS)) == []
 
 
 # ---- the order of an epoch -------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import eval as evaluation
-from datasets import CaptionDataset, load_word_map, normalize, words_of
+from datasets import CaptionDataset, load_word_map, normalize, reverse, words_of
 from eval import bleu, brevity_penalty, generate_captions, interleave, measure, meteor, score, validate
 from models import DecoderWithAttention, Encoder
 from utils import InputError, Processes, save_checkpoint
@@ -62,7 +62,7 @@ class Model:
         weights = {name: value[order] if name in {"fc.weight", "fc.bias", "embedding.weight"} else value
                    for name, value in self.decoder.state_dict().items()}
         self.save(path, decoder=weights, word_map=None)
-        words = {index: word for word, index in self.words.items()}
+        words = reverse(self.words)
         return {words[old]: new for new, old in enumerate(order)}
 
 
@@ -239,7 +239,7 @@ def test_validation_is_one_pass_over_everything(batch_size, model, prepared):
     found = validate(model.encoder, model.decoder, dataset, model.words, ALONE, "float32", batch_size)
     assert found[0] == pytest.approx(measured(output).tolist(), rel=1e-5) and found[0][4] == len(dataset) == 30
     assert found[1] == pytest.approx(tutorials_bleu(dataset, predictions, model.words)) and 10 < found[1] < 90
-    assert found[2] == [words_of(each, model.words) for each in greedy] and len(greedy) == 6
+    assert found[2] == [words_of(each, reverse(model.words)) for each in greedy] and len(greedy) == 6
 
 
 def test_forced_bleu_is_the_tutorials(pictures, model):
@@ -326,7 +326,7 @@ def test_the_table_and_its_files(split, n_pictures, model, prepared, run, tmp_pa
         assert [each.keys() for each in results] == [{"image_id", "caption"}] * n_pictures
         captions = [each["caption"].split() for each in results]
         sequences = captions_of(model, dataset, beam_size)
-        assert captions == [words_of(each, model.words) for each in sequences]
+        assert captions == [words_of(each, reverse(model.words)) for each in sequences]
         assert row["unfinished"] == sum(each[-1] != model.words["<end>"] for each in sequences) / n_pictures
         assert row.items() >= score(dataset.references(model.words), captions).items()
         assert row["images/s"] == pytest.approx(n_pictures / row["seconds"])

@@ -272,7 +272,7 @@ def test_stopped_before_there_is_anything_to_save(server: Any, prepared: Prepare
     output = tmp_path / "output"
     assert finish(start(server, "train", kept_flags(prepared, tmp_path), output, (where, 1, signal.SIGTERM))) == 143
     assert last_line(output) == "train.py: stopped before the first checkpoint; the same command starts again"
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_second_signal_ends_at_once(server: Any, folders: list[Path], alone: Path, prepared: Prepared,
@@ -280,7 +280,7 @@ def test_a_second_signal_ends_at_once(server: Any, folders: list[Path], alone: P
     arguments = flags(prepared, tmp_path / "out", "--data_folder", folders[0] / "data", "--cache_features")
     both = ("train.train_step", 2, signal.SIGINT, signal.SIGTERM)
     assert finish(start(server, "train", arguments, tmp_path / "output", both)) == 143
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(("name", "where", "number"), [
@@ -577,9 +577,10 @@ def test_out_of_memory_names_the_batch_size_to_try(begun: list[str], tmp_path: P
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nAnd more lines")
 
     monkeypatch.setattr(train, "train_step", full)
-    assert said_by(monkeypatch, begun) == ("train.py: the GPU's memory is too small for --batch_size 20; try "
+    assert said_by(monkeypatch, begun) == ("train.py: the memory is too small for --batch_size 20; try "
                                            "--batch_size 10")
     assert said_by(monkeypatch, [*begun, "--batch_size", "20", "1"]).endswith("try --batch_size 10 1")
+    assert "the memory is too small; end other programs" in said_by(monkeypatch, [*begun, "--batch_size", "1"])
     assert contents(tmp_path / "out") == before
 
 

@@ -20,7 +20,7 @@ from test_models import WORDS as SAID
 from test_models import narrowing_search, random_decoder
 
 from create_input_files import Picture, write_split
-from datasets import read_image, read_json, words_of
+from datasets import read_image, read_json, reverse, words_of
 from utils import load_checkpoint, printable, save_checkpoint
 
 few = settings(max_examples=20, deadline=None, derandomize=True)
@@ -51,10 +51,10 @@ def test_encoded_captions_are_captions_of_the_picture(folder, captions, cpi, mor
     assert len(encoded) == len(lengths) == cpi
     for row, length in zip(encoded, lengths, strict=True):
         assert len(row) == max_len + 2 and row[0] == WORDS["<start>"] and row[length - 1] == WORDS["<end>"]
-        assert set(row[length:]) <= {WORDS["<pad>"]} and words_of(row, WORDS) in known and length == 2 + len(
-            words_of(row, WORDS))
+        assert set(row[length:]) <= {WORDS["<pad>"]} and words_of(row, reverse(WORDS)) in known and length == 2 + len(
+            words_of(row, reverse(WORDS)))
     if cpi >= len(captions):
-        assert {str(words_of(row, WORDS)) for row in encoded} == set(map(str, known)), "none is left out"
+        assert {str(words_of(row, reverse(WORDS))) for row in encoded} == set(map(str, known)), "none is left out"
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 import train
 from datasets import CaptionDataset, Pictures, load_word_map, normalize
 from models import Encoder
+from training.resume import take_up
 from utils import InputError, Processes
 
 
@@ -196,7 +198,7 @@ def test_within_an_epoch_other_batches_begin_it_again(prepared: Prepared, tmp_pa
     capsys.readouterr()
     (row,) = run(prepared, tmp_path, "--checkpoint", there, "--stage", 1, "--epochs", 1, "--batch_size", 10)
     said = capsys.readouterr().out
-    assert "its batches were others (--batch_size), so epoch 1 begins again" in said
+    assert "its batches were others (--batch_size 20), so epoch 1 begins again" in said
     assert "in 8 batches" in said and "begins at epoch 1, batch 1" in said
     assert row["epoch"] == 1
 
@@ -416,6 +418,49 @@ def test_a_finished_run_is_not_overwritten_unasked(prepared: Prepared, straight:
     run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
     with pytest.raises(InputError, match="belongs to another run"):
         run(prepared, straight, "--checkpoint", tmp_path / f"checkpoint_{prepared.name}.pth.tar")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_one_run_is_at_work_in_a_folder(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+    monkeypatch.setattr("training.resume.CLAIM_SECONDS", 0)
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match=f"another run is at work in {tmp_path}"):
+        run(prepared, tmp_path)
+    os.close(other)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(train, "run_stages", lambda *_: [{"begun": True}])
+    assert run(prepared, tmp_path) == run(prepared, tmp_path) == [{"begun": True}]
+
+
+def test_an_older_checkpoint_does_not_replace_a_newer_one(prepared: Prepared, tmp_path: Path) -> None:
+    """But stage 2 may begin from an older one of stage 1, its best, and keeps the log of the others."""
+    newest, older = tmp_path / f"checkpoint_{prepared.name}.pth.tar", tmp_path / "older.pth.tar"
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
+    shutil.copy(newest, older)
+    run(prepared, tmp_path, "--stage", 1, "--checkpoint", newest)
+    before = newest.read_bytes()
+    with pytest.raises(InputError, match=f"{newest} is further .stage 1, epoch 3. than {older}.*--checkpoint {newest}"):
+        run(prepared, tmp_path, "--checkpoint", older)
+    assert newest.read_bytes() == before
+    rows = run(prepared, tmp_path, "--stage", 2, "--epochs", 2, 1, "--checkpoint", older)
+    assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 1), (1, 2), (2, 1)]
+    with pytest.raises(InputError, match="is further"):
+        run(prepared, tmp_path, "--stage", 2, "--checkpoint", older)
+
+
+def test_a_checkpoint_without_its_best_one_has_its_own_score_to_beat(prepared: Prepared, straight: Path,
+                                                                     tmp_path: Path) -> None:
+    start = load(straight, prepared)
+    start["training"]["best_bleu4"] = 99.0
+    (tmp_path / "lone").mkdir()
+    alone = tmp_path / "lone" / f"checkpoint_{prepared.name}.pth.tar"
+    torch.save(start, alone)
+    args = train.get_parser().parse_args(flags(prepared, tmp_path, "--checkpoint", alone))
+    take_up(start, args, Processes(0, 1, torch.device("cpu")))
+    assert start["training"]["best_bleu4"] == start["scores"]["bleu4"] < 99
+    assert (tmp_path / f"BEST_checkpoint_{prepared.name}.pth.tar").read_bytes() == alone.read_bytes()
 
 
 def test_going_on_with_other_flags_is_said(prepared: Prepared, tmp_path: Path,

@@ -3,17 +3,27 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from utils import InputError, Processes, broadcast, gather, load_checkpoint, sweep, whole_file
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+CLAIM_SECONDS = 10  # to wait for the folder
 UNBEGUN = {"step": 0, "sums": [0.0] * 5, "seconds": 0.0}  # of an epoch: batches seen, what `measure` gave, time
 # Flags that may change without a word: they do not change what is learned, or (the model's) the checkpoint has them.
 HARMLESS = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "stage",
@@ -25,13 +35,15 @@ def output_path(args: argparse.Namespace, prefix: str, suffix: str = ".pth.tar")
     return Path(args.output_folder) / f"{prefix}{args.data_name}{suffix}"
 
 
-def find_own_place(args: argparse.Namespace, processes: Processes) -> None:
-    """The first process decides for all what the run goes on from, and refuses an output folder that is not its own.
+@contextmanager
+def own_place(args: argparse.Namespace, processes: Processes) -> Iterator[None]:
+    """Keeps the output folder for this run. The first process decides for all what it goes on from, and refuses a
+    folder that is not its own, or in which another run is at work.
 
     Where a process fails, torchrun starts all again by the same command: that goes on from the run's own checkpoint.
     """
     restarted = any(gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", processes))
-    refusal = None
+    refusal = folder = None
     if processes.rank == 0:
         there = output_path(args, "checkpoint_")
         if restarted and there.exists() and (load_checkpoint(there)["training"] or {}).get("launch") == launch():
@@ -44,14 +56,39 @@ def find_own_place(args: argparse.Namespace, processes: Processes) -> None:
             refusal = f"{there} belongs to another run than {args.checkpoint}; name another --output_folder"
         else:
             refusal = unwritable(there.parent)
+        if not refusal:
+            there.parent.mkdir(parents=True, exist_ok=True)
+            folder = os.open(there.parent, os.O_RDONLY) if fcntl else None
+            if folder is not None and not claimed(folder):
+                refusal = f"another run is at work in {there.parent}; let it end, or name another --output_folder"
         sweep(output_path(args, "BEST_checkpoint_"))  # the other files are written, and so swept, every epoch
         elastic = os.environ.get
         if elastic("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and elastic("TORCHELASTIC_USE_AGENT_STORE") == "True":
             print("restarted processes will not find each other (PyTorch's issue 135712); start with "
                   "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone (several nodes: --rdzv_backend=c10d)")
     args.checkpoint, refusal = broadcast((args.checkpoint, refusal), processes)
-    if refusal:
-        raise InputError(refusal)
+    try:
+        if refusal:
+            raise InputError(refusal)
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def claimed(folder: int) -> bool:
+    """Whether this process may lock the folder: of a run that was killed, the readers hold it for some seconds."""
+    tries_until = time.monotonic() + CLAIM_SECONDS
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > tries_until:
+                return False
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return True
 
 
 def launch() -> str | None:
@@ -103,8 +140,9 @@ def check_model(start: dict[str, Any], args: argparse.Namespace, default: Callab
                              f"{getattr(args, name)}; go on with the same, or without the flag")
 
 
-def take_up(training: dict[str, Any], args: argparse.Namespace, processes: Processes) -> list[str]:
+def take_up(start: dict[str, Any], args: argparse.Namespace, processes: Processes) -> list[str]:
     """Makes a checkpoint's `training` fit these flags, or refuses it. Returns what to say of that."""
+    training = start["training"]
     if training["stage"] == 2 and args.stage == "1":
         raise InputError(f"{args.checkpoint} is in stage 2 already; go on without --stage 1")
     before, said = training["args"], []
@@ -112,13 +150,19 @@ def take_up(training: dict[str, Any], args: argparse.Namespace, processes: Proce
         raise InputError(f"{args.checkpoint} was made with --freeze_embeddings {before['freeze_embeddings']}; "
                          "go on with the same")
     if processes.rank == 0:
-        keep_best(args)
+        check_not_behind(training, args)
+        keep_best(start, args)
+        keep_log(training, args)
+    training["best_bleu4"] = broadcast(training["best_bleu4"], processes)
     stood = batches_of(before, training["stage"], training["world_size"])
     stands = batches_of(vars(args), training["stage"], processes.world_size)
-    if training["step"] and stood != stands:
+    others = ", ".join(f"{name} {stood[name]}" for name in stood if stood[name] != stands[name])
+    if others and training["step"]:
         training |= UNBEGUN
-        others = ", ".join(name for name in stood if stood[name] != stands[name])
         said.append(f"its batches were others ({others}), so epoch {training['epoch'] + 1} begins again")
+    elif stood["processes"] != stands["processes"]:
+        said.append(f"going on with another number of processes than before ({stood['processes']}), and so with other "
+                    "batches; the learning rates stay")
     harmless = HARMLESS - ({"epochs"} if args.schedule == "cosine" or args.scheduled_sampling else set())
     changed = [f"--{name} {value} (was {before[name]})" for name, value in vars(args).items()
                if name not in harmless and value != before.get(name, value)]
@@ -133,14 +177,36 @@ def batches_of(args: dict[str, Any], stage: int, world_size: int) -> dict[str, A
             "--seed": args["seed"], "processes": world_size}
 
 
-def keep_best(args: argparse.Namespace) -> None:
+def check_not_behind(training: dict[str, Any], args: argparse.Namespace) -> None:
+    """Refuses to go back in a run's own folder, where the next checkpoint would replace the newer one."""
+    there = output_path(args, "checkpoint_")
+    newest = load_checkpoint(there)["training"] if there.exists() else training
+    place, newest_place = ([each[name] for name in ("stage", "epoch", "step")] for each in (training, newest))
+    if place < newest_place and not (args.stage == "2" and newest["stage"] == 1):  # whose best stage 2 begins from
+        raise InputError(f"{there} is further (stage {newest['stage']}, epoch {newest['epoch'] + 1}) than "
+                         f"{args.checkpoint}, and would be replaced; go on with --checkpoint {there}, or name another "
+                         "--output_folder")
+
+
+def keep_log(training: dict[str, Any], args: argparse.Namespace) -> None:
+    """Where stage 2 begins from the best epoch of stage 1, the log keeps those after it."""
+    log = output_path(args, "log_", ".jsonl")
+    if training["stage"] == 1 and args.stage == "2" and log.is_file():
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        if rows[:len(training["log"])] == training["log"]:
+            training["log"] = rows
+
+
+def keep_best(start: dict[str, Any], args: argparse.Namespace) -> None:
     """Brings the best checkpoint along into a new output folder, where no later epoch may be better."""
     best = output_path(args, "BEST_checkpoint_")
     source = Path(args.checkpoint).with_name(best.name)
-    source = source if source.is_file() else Path(args.checkpoint)
     if not best.exists():
-        with whole_file(best, "wb") as file:
-            file.write(source.read_bytes())
+        if not source.is_file():
+            source = Path(args.checkpoint)
+            start["training"]["best_bleu4"] = start["scores"].get("bleu4", -1.0)
+        with open(source, "rb") as weights, whole_file(best, "wb") as file:
+            shutil.copyfileobj(weights, file)
     elif not output_path(args, "checkpoint_").exists() and not filecmp.cmp(source, best, shallow=False):
         raise InputError(f"{best} belongs to another run than {args.checkpoint}; name another --output_folder")
 
