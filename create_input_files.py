@@ -300,29 +300,40 @@ def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture]
     loader = DataLoader(list(enumerate(picture.path for picture in pictures)), batch_size=16, collate_fn=write,
                         num_workers=workers, worker_init_fn=ignore_signals)
     bar = progress(None, split, "picture", total=len(pictures))
+    unreadable: list[tuple[Path, InputError]] = []
     for done in loader:
         if isinstance(done, InputError):
             raise done
-        bar.update(done)
+        unreadable += done
+        bar.update(min(loader.batch_size, bar.total - bar.n))
     bar.close()
+    if unreadable:
+        (_, first), *others = unreadable
+        names = ", ".join(str(each) for each, _ in others[:5])
+        more = f" (and {len(others)} more: {names}{', ...' if others[5:] else ''})" if others else ""
+        raise InputError(f"{first}{more}")
     with h5py.File(path, "r") as file:
         check_pixels(file["images"], f"{split} ({pictures[0].path}, ...)")
 
 
-def write_pictures(archive: Path, block: int, pictures: Sequence[tuple[int, Path]]) -> int | InputError:
-    """Puts the i-th picture's pixels at their place in the block, and returns how many these were.
+def write_pictures(archive: Path, block: int,
+                   pictures: Sequence[tuple[int, Path]]) -> list[tuple[Path, InputError]] | InputError:
+    """Puts the i-th picture's pixels at their place in the block, and returns those that cannot be read.
 
     An error raised in a worker would arrive as its whole traceback; returned, it stays one line.
     """
+    unreadable = []
     try:
         with open(archive, "r+b") as file:
             for i, path in pictures:
-                pixels = read_image(path)
+                try:
+                    pixels = read_image(path)
+                except InputError as error:
+                    unreadable.append((path, error))
+                    continue
                 file.seek(block + i * pixels.size)
                 file.write(pixels.tobytes())
-        return len(pictures)
-    except InputError as error:
-        return error
+        return unreadable
     except OSError as error:
         return InputError(f"{archive} could not be written ({error.strerror})")
 

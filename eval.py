@@ -48,6 +48,7 @@ from utils import (
     progress,
     run_script,
     setup_processes,
+    unwritable,
     whole_file,
 )
 
@@ -144,14 +145,16 @@ def measure(scores: PackedSequence, captions: Tensor, decode_lengths: list[int],
 
     Returns:
         (5,): cross entropy over the words, doubly stochastic term over the captions (both carry gradients), words
-        that were among the five most probable, number of words, number of captions.
+        that were among the five most probable (0 where gradients are wanted), number of words, number of captions.
     """
     predicted = scores.data                                                     # (words, V), no padding
     targets = pack_padded_sequence(captions[:, 1:], decode_lengths, batch_first=True).data  # (words,)
     cross_entropy = F.cross_entropy(predicted.float(), targets, reduction="sum", label_smoothing=label_smoothing)
-    top5 = (predicted.topk(min(5, predicted.size(1)), dim=1).indices == targets.unsqueeze(1)).sum()
+    top5 = cross_entropy.new_zeros(())
+    if not predicted.requires_grad:  # training does not ask
+        top5 += (predicted.topk(min(5, predicted.size(1)), dim=1).indices == targets.unsqueeze(1)).sum()
     counts = (cross_entropy.new_full((), count) for count in (len(targets), len(captions)))
-    return torch.stack([cross_entropy, doubly_stochastic(alphas.float()).sum(), top5.float(), *counts])
+    return torch.stack([cross_entropy, doubly_stochastic(alphas.float()).sum(), top5, *counts])
 
 
 def forced_bleu(dataset: CaptionDataset, forced: list[list[list[int]]], word_map: dict[str, int]) -> float:
@@ -276,6 +279,10 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UsageError(f"--out {args.out} --json {args.json}: --out is a folder, --json a file")
     if args.gallery and Path(args.gallery).suffix.lower() not in PAGES:
         raise UsageError(f"--gallery {args.gallery}: a page is an .html file; name one")
+    new_files = [each for each in (args.json, args.gallery) if each not in (None, "-") and not Path(each).exists()]
+    for folder in [*(Path(each).parent for each in new_files), *([Path(args.out)] if args.out else [])]:
+        if reason := unwritable(folder):  # better now than after the search
+            raise InputError(reason)
     processes, precision = setup_processes(args.device, args.precision)
     first = processes.rank == 0
     data_words = load_word_map(args.data_folder, args.data_name)
@@ -313,14 +320,15 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                 json.dump([{"image_id": image_id, "caption": caption} for image_id, caption
                            in zip(dataset.image_ids, sentences, strict=True)], file)
     if first:
+        write_table(args, rows)
         if args.gallery:
             write_gallery(args, Captioner(encoder, decoder, word_map, precision), dataset, references, captions)
-        write_table(args, rows)
     return rows
 
 
 def write_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     text = json.dumps(rows, indent=2)
+    print(text if args.json == "-" else markdown(rows))  # first: what was computed is seen, whatever becomes of files
     if args.json not in (None, "-"):
         with whole_file(args.json) as file:
             file.write(text + "\n")
@@ -328,7 +336,6 @@ def write_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         for suffix, content in ((".md", markdown(rows)), (".json", text)):
             with whole_file(Path(args.out) / f"scores_{args.split}{suffix}") as file:
                 file.write(content + "\n")
-    print(text if args.json == "-" else markdown(rows))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NamedTuple
@@ -161,9 +163,13 @@ def ignore_signals(_: int) -> None:
 @contextmanager
 def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
     """Opens a file that appears under its name only when it was written to the end and is safely on the disk."""
-    path = Path(path)
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)  # the link stays, and leads to the new
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
+        if path.exists() and not path.is_file() and not path.is_dir():  # a device or pipe, say /dev/stdout
+            with open(path, mode) as file:
+                yield file
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
         try:
@@ -174,6 +180,15 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, that need not be there yet; None if it can."""
+    try:
+        with tempfile.TemporaryFile(dir=next(each for each in (folder, *folder.parents) if each.exists())):
+            return None
+    except OSError as error:
+        return f"{folder}: nothing can be written there ({error.strerror}); name another folder"
 
 
 @contextmanager
@@ -252,7 +267,8 @@ def setup_processes(device: str | None, precision: str | None) -> tuple[Processe
     if chosen.type == "cpu":
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))  # the first may have to fetch weights, or encode pictures
     native = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = precision or ("bfloat16" if native else "float32")
     torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")  # TF32 or not

@@ -269,7 +269,8 @@ def test_a_gif_of_one_picture(run, pictures):
     ["--out", "all.gif", "{1}"], ["--json", "all.html"],
     ["--out", "{0}"], ["--out", "{folder}/../pictures/{name}"], ["--out", "link.png"], ["--json", "{0}"],
     ["--out", "{folder}", "{folder}/x.png", "{folder}/x_attention.png"],
-    ["--out", "all", "{folder}/x.png", "more/x.png"], ["--out", "all.png", "{1}"], ["--out", "all.jpg"]])
+    ["--out", "all", "{folder}/x.png", "more/x.png"], ["--out", "all.png", "{1}"], ["--out", "all.jpg"],
+    ["--out", "all.pdf"]])
 def test_no_picture_is_overwritten(arguments, run, pictures):
     """Neither inputs by figures or results, nor one figure by the next."""
     folder = pictures[0].parent

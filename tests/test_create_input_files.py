@@ -353,6 +353,16 @@ def test_an_unreadable_picture_leaves_nothing_behind(tmp_path):
     assert listing(tmp_path / "out") == []
 
 
+def test_all_unreadable_pictures_are_named_together(tmp_path):
+    source = write_set(tmp_path, few(20))
+    for name in ("9.png", "11.png", "19.png"):
+        (tmp_path / name).write_bytes(b"damaged")
+    with refused(f"{tmp_path / '9.png'}: this picture cannot be read",
+                 f"(and 2 more: {tmp_path / '11.png'}, {tmp_path / '19.png'})"):
+        prepare(source, workers=2)
+    assert listing(tmp_path / "out") == []
+
+
 def test_a_failed_overwrite_leaves_the_old_files(tmp_path):
     folder, _ = prepare(write_set(tmp_path, few()))
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}

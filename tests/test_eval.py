@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODER, Prepared
+from conftest import ENCODER, Prepared, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu
@@ -296,6 +296,22 @@ def run(prepared, monkeypatch):
         return evaluation.main(evaluation.get_parser().parse_args([str(each) for each in (*fixed, *arguments)]))
 
     return run_eval
+
+
+def test_the_table_is_shown_whatever_becomes_of_files(model, run, tmp_path, monkeypatch, capsys):
+    """And a folder that cannot be written is named before anything is computed."""
+    path = model.save(tmp_path / "model.pth.tar")
+
+    def full(*_: Any) -> None:
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(evaluation, "whole_file", full)
+    with refused("the disk is full"):
+        run("--checkpoint", path, "--beam_size", 1, "--max_len", 3, "--json", tmp_path / "scores.json")
+    assert "BLEU-4" in capsys.readouterr().out
+    for flag in ("--json", "--gallery", "--out"):
+        with refused(f"{path / 'x'}: nothing can be written there"):
+            run("--checkpoint", "none", flag, path / "x" / "page.html" if flag != "--out" else path / "x")
 
 
 @pytest.mark.parametrize("split, n_pictures", [("TEST", 7), ("VAL", 6)])

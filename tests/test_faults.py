@@ -482,8 +482,8 @@ def test_a_folder_that_cannot_be_written_is_named_at_once(prepared: Prepared, tm
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     said = said_by(monkeypatch, flags(prepared, tmp_path / "out"))
-    assert said == (f"train.py: --output_folder {tmp_path / 'out'}: nothing can be written there (Read-only file "
-                    "system); name another")
+    assert said == (f"train.py: {tmp_path / 'out'}: nothing can be written there (Read-only file "
+                    "system); name another folder")
 
 
 def test_a_folder_that_became_read_only(begun: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

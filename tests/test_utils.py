@@ -29,6 +29,26 @@ def test_a_file_appears_when_it_is_whole(mode, content, tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_link_stays_and_leads_to_the_new_file(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "link", tmp_path / "disk" / "target"
+    link.symlink_to(target)
+    for content in ("new", "newer"):
+        with whole_file(link) as file:
+            file.write(content)
+        assert link.is_symlink() and target.read_text() == content
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with whole_file(tmp_path / "pipe") as file:
+        file.write("text")
+    assert os.read(reader, 9) == b"text" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
 def test_a_file_that_fails_leaves_the_old_one(failure, tmp_path):
     path = tmp_path / "file"

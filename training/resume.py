@@ -9,14 +9,13 @@ import platform
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils import InputError, Processes, broadcast, gather, load_checkpoint, sweep, whole_file
+from utils import InputError, Processes, broadcast, gather, load_checkpoint, sweep, unwritable, whole_file
 
 try:
     import fcntl
@@ -55,7 +54,7 @@ def own_place(args: argparse.Namespace, processes: Processes) -> Iterator[None]:
         elif there.exists() and there.resolve().parent != Path(args.checkpoint).resolve().parent:
             refusal = f"{there} belongs to another run than {args.checkpoint}; name another --output_folder"
         else:
-            refusal = unwritable(there.parent)
+            refusal = unwritable(there.parent)  # better now than after the first epoch
         if not refusal:
             there.parent.mkdir(parents=True, exist_ok=True)
             folder = os.open(there.parent, os.O_RDONLY) if fcntl else None
@@ -96,15 +95,6 @@ def launch() -> str | None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     return f"{os.environ['TORCHELASTIC_RUN_ID']} {platform.node()} {os.getppid()}"
-
-
-def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written into the folder. Better now than after the first epoch."""
-    try:
-        with tempfile.TemporaryFile(dir=next(each for each in (folder, *folder.parents) if each.exists())):
-            return None
-    except OSError as error:
-        return f"--output_folder {folder}: nothing can be written there ({error.strerror}); name another"
 
 
 def how_to_go_on(args: argparse.Namespace) -> str:
