@@ -349,7 +349,7 @@ def find_model() -> Path:
 def figure_paths(out: str, pictures: Sequence[Path]) -> list[Path]:
     """Where each picture's figure goes: one file, a page for all, or a folder of files."""
     suffix = Path(out).suffix.lower()
-    if Path(out).is_dir() or not suffix[1:].isalpha():
+    if Path(out).is_dir() or suffix not in SUFFIXES | PAGES | {".pdf", ".svg", ".eps", ".mp4"}:
         paths = [Path(out) / f"{picture.stem}_attention.png" for picture in pictures]
     elif suffix in PAGES or (len(pictures) == 1 and suffix in {".png", ".gif"}):
         paths = [Path(out)]

@@ -279,12 +279,13 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UsageError(f"--out {args.out} --json {args.json}: --out is a folder, --json a file")
     if args.gallery and Path(args.gallery).suffix.lower() not in PAGES:
         raise UsageError(f"--gallery {args.gallery}: a page is an .html file; name one")
-    new_files = [each for each in (args.json, args.gallery) if each not in (None, "-") and not Path(each).exists()]
-    for folder in [*(Path(each).parent for each in new_files), *([Path(args.out)] if args.out else [])]:
-        if reason := unwritable(folder):  # better now than after the search
-            raise InputError(reason)
     processes, precision = setup_processes(args.device, args.precision)
     first = processes.rank == 0
+    files = [Path(each) for each in (args.json, args.gallery) if each not in (None, "-")]
+    folders = [each.parent for each in files if each.is_file() or not each.exists()]
+    for folder in [*folders, Path(args.out)] if args.out else folders:
+        if first and (reason := unwritable(folder)):  # better now than after the search
+            raise InputError(reason)
     data_words = load_word_map(args.data_folder, args.data_name)
     dataset = CaptionDataset(args.data_folder, args.data_name, args.split)
     if not dataset.n_images:

@@ -480,11 +480,13 @@ def build_models(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[
     arguments = dict(checkpoint["model"])
     try:
         size, name = arguments.pop("encoded_image_size"), arguments.pop("encoder")
-        try:
-            with torch.device("meta"):  # shapes alone: first weights, replaced at once, would take a second to draw
-                encoder, decoder = Encoder(size, name), DecoderWithAttention(**arguments)
-        except RuntimeError:  # RegNet computes with its first weights
-            encoder, decoder = Encoder(size, name), DecoderWithAttention(**arguments)
+        with torch.device("meta"):  # shapes alone: first weights, replaced at once, would take a second to draw
+            decoder = DecoderWithAttention(**arguments)
+            try:
+                encoder = Encoder(size, name)
+            except RuntimeError:  # RegNet computes with its first weights
+                with torch.device("cpu"):
+                    encoder = Encoder(size, name)
         if encoder.enc_image_size > 256:
             raise ValueError(f"a map of {encoder.enc_image_size} pixels is larger than the picture")
         encoder.load_state_dict(checkpoint["encoder"], assign=True)

@@ -193,7 +193,8 @@ def run_stages(args: argparse.Namespace, processes: Processes, precision: str) -
             continue
         if stage == 2 and args.stage == "both" and begun < 2:
             start = read_checkpoint(output_path(args, "BEST_checkpoint_"), word_map, processes)
-            start["training"]["log"] = rows  # with the epochs after the best one
+            # With the epochs after the best one; and its own score, should it be another checkpoint in its place.
+            start["training"] |= {"log": rows, "best_bleu4": start["scores"].get("bleu4", -1.0)}
         rows = run_stage(stage, start, run)
     return rows
 

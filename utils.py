@@ -99,11 +99,13 @@ def printable(text: str) -> str:
 def in_one_line(error: Exception, args: argparse.Namespace) -> str:
     """What to say of a failure: what the user can do, or, of one that was not to be expected, where it arose."""
     text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search("ALLOC_FAILED|an't allocate memory", text):
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(
+        "ALLOC_FAILED|an(no|')t allocate memory", text)
+    if full and not isinstance(error, InputError):
         sizes = getattr(args, "batch_size", 1)
         sizes = sizes if isinstance(sizes, list) else [sizes]
         if max(sizes) == 1:
-            return "the memory is too small; end other programs, or take another machine or --device"
+            return "the memory is too small; end other programs, or take a larger machine"
         return (f"the memory is too small for --batch_size {' '.join(map(str, sizes))}; try --batch_size "
                 f"{' '.join(str(max(1, size // 2)) for size in sizes)}")
     if isinstance(error, (InputError, OSError, ImportError)):
@@ -163,13 +165,14 @@ def ignore_signals(_: int) -> None:
 @contextmanager
 def whole_file(path: str | Path, mode: str = "w") -> Iterator[Any]:
     """Opens a file that appears under its name only when it was written to the end and is safely on the disk."""
-    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)  # the link stays, and leads to the new
+    path = Path(path)
+    if path.parent == Path("/dev") or (path.exists() and not path.is_file() and not path.is_dir()):  # a device or pipe
+        with open(path, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        return
+    path = path.resolve() if path.is_symlink() else path  # the link stays, and leads to the new file
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
-        if path.exists() and not path.is_file() and not path.is_dir():  # a device or pipe, say /dev/stdout
-            with open(path, mode) as file:
-                yield file
-            return
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
         try:
@@ -204,11 +207,17 @@ def writing(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path} could not be written ({reason}); what stood there before is as it was") from error
 
 
-def hold(file: Any) -> None:
-    """Locks a file or folder until it is closed, or its process ends in whatever way."""
-    with suppress(OSError):  # a file system without locks
+def hold(file: Any, *how: str) -> bool:
+    """Locks a file or folder until it is closed, or its process ends in whatever way; waits for it, or otherwise as
+    the flags of `flock` say. False where another process holds it, and it was not waited for."""
+    try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, sum(getattr(fcntl, each) for each in how or ["LOCK_EX"]))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def open_held(path: Path, mode: str) -> IO[Any]:
@@ -268,7 +277,7 @@ def setup_processes(device: str | None, precision: str | None) -> tuple[Processe
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=2))  # the first may have to fetch weights, or encode pictures
+                                timeout=timedelta(minutes=30))  # while the first fetches weights, say
     native = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = precision or ("bfloat16" if native else "float32")
     torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")  # TF32 or not

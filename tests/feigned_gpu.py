@@ -3,7 +3,7 @@
 Two things go wrong only on a GPU, and no test on a CPU sees them: tensors of both devices meet in one operation, which
 is an error; or the program waits for the GPU in the midst of a step, which makes it slow. Within `feigned_gpu` the
 first raises, and the second is counted. How fast a GPU is, how much memory it has and what its own kernels and numbers
-are, it cannot tell.
+are, it cannot tell; and what is to be copied without waiting it takes for pinned.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOVES = {aten._to_copy.default, aten.copy_.default}
 PACKING = {aten._pack_padded_sequence.default, aten._pack_padded_sequence_backward.default}  # lengths stay on the CPU
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 SIZED_BY_VALUES = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
-                   aten.equal.default}
+                   aten.equal.default, aten.bincount.default, aten._unique2.default, aten.repeat_interleave.Tensor}
 
 
 class Seen(NamedTuple):

@@ -272,7 +272,7 @@ def test_stopped_before_there_is_anything_to_save(server: Any, prepared: Prepare
     output = tmp_path / "output"
     assert finish(start(server, "train", kept_flags(prepared, tmp_path), output, (where, 1, signal.SIGTERM))) == 143
     assert last_line(output) == "train.py: stopped before the first checkpoint; the same command starts again"
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_signal_ends_at_once(server: Any, folders: list[Path], alone: Path, prepared: Prepared,
@@ -280,7 +280,7 @@ def test_a_second_signal_ends_at_once(server: Any, folders: list[Path], alone: P
     arguments = flags(prepared, tmp_path / "out", "--data_folder", folders[0] / "data", "--cache_features")
     both = ("train.train_step", 2, signal.SIGINT, signal.SIGTERM)
     assert finish(start(server, "train", arguments, tmp_path / "output", both)) == 143
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "where", "number"), [

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.utils.data import DataLoader
 import train
 from datasets import CaptionDataset, Pictures, load_word_map, normalize
 from models import Encoder
-from training.resume import take_up
+from training.resume import claim, take_up
 from utils import InputError, Processes
 
 
@@ -422,16 +424,32 @@ def test_a_finished_run_is_not_overwritten_unasked(prepared: Prepared, straight:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 def test_one_run_is_at_work_in_a_folder(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-    monkeypatch.setattr("training.resume.CLAIM_SECONDS", 0)
-    other = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match=f"another run is at work in {tmp_path}"):
-        run(prepared, tmp_path)
-    os.close(other)
-    assert not list(tmp_path.iterdir())
+    """A second one waits a while for what a killed run left, and is refused."""
+    monkeypatch.setattr("training.resume.CLAIM_SECONDS", 0.5)
     monkeypatch.setattr(train, "run_stages", lambda *_: [{"begun": True}])
-    assert run(prepared, tmp_path) == run(prepared, tmp_path) == [{"begun": True}]
+    there = tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+    first = claim(there.with_name(f".{there.name}.run.tmp"))
+    with pytest.raises(InputError, match=f"another run is at work on {there}"):
+        run(prepared, tmp_path)
+    threading.Timer(0.2, first.close).start()
+    assert run(prepared, tmp_path) == [{"begun": True}]
+    assert not list(tmp_path.iterdir())
+
+    def fails(*_: Any) -> None:
+        reader.append(os.fork())
+        if not reader[0]:
+            time.sleep(60)
+            os._exit(0)
+        raise ValueError
+
+    reader: list[int] = []
+    monkeypatch.setattr(train, "run_stages", fails)
+    with pytest.raises(ValueError):
+        run(prepared, tmp_path)
+    monkeypatch.setattr(train, "run_stages", lambda *_: [{"begun": True}])
+    assert run(prepared, tmp_path) == [{"begun": True}], "though a process that it forked lives"
+    os.kill(reader[0], 9)
+    os.waitpid(reader[0], 0)
 
 
 def test_an_older_checkpoint_does_not_replace_a_newer_one(prepared: Prepared, tmp_path: Path) -> None:
@@ -441,7 +459,7 @@ def test_an_older_checkpoint_does_not_replace_a_newer_one(prepared: Prepared, tm
     shutil.copy(newest, older)
     run(prepared, tmp_path, "--stage", 1, "--checkpoint", newest)
     before = newest.read_bytes()
-    with pytest.raises(InputError, match=f"{newest} is further .stage 1, epoch 3. than {older}.*--checkpoint {newest}"):
+    with pytest.raises(InputError, match=f"{newest} is further .stage 1, 2 epochs done. than {older}.* {newest}, or"):
         run(prepared, tmp_path, "--checkpoint", older)
     assert newest.read_bytes() == before
     rows = run(prepared, tmp_path, "--stage", 2, "--epochs", 2, 1, "--checkpoint", older)
@@ -453,13 +471,17 @@ def test_an_older_checkpoint_does_not_replace_a_newer_one(prepared: Prepared, tm
 def test_a_checkpoint_without_its_best_one_has_its_own_score_to_beat(prepared: Prepared, straight: Path,
                                                                      tmp_path: Path) -> None:
     start = load(straight, prepared)
-    start["training"]["best_bleu4"] = 99.0
     (tmp_path / "lone").mkdir()
     alone = tmp_path / "lone" / f"checkpoint_{prepared.name}.pth.tar"
     torch.save(start, alone)
     args = train.get_parser().parse_args(flags(prepared, tmp_path, "--checkpoint", alone))
-    take_up(start, args, Processes(0, 1, torch.device("cpu")))
-    assert start["training"]["best_bleu4"] == start["scores"]["bleu4"] < 99
+    for _ in range(2):  # as when the first was killed before it saved anything
+        start["training"]["best_bleu4"] = 99.0
+        take_up(start, args, Processes(0, 1, torch.device("cpu")))
+        assert start["training"]["best_bleu4"] == start["scores"]["bleu4"] < 99
+    start["training"]["world_size"] = 2
+    (said,) = take_up(start, args, Processes(0, 1, torch.device("cpu")))
+    assert "another number of processes than before (2)" in said
     assert (tmp_path / f"BEST_checkpoint_{prepared.name}.pth.tar").read_bytes() == alone.read_bytes()
 
 

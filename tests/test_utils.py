@@ -45,7 +45,10 @@ def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     with whole_file(tmp_path / "pipe") as file:
         file.write("text")
-    assert os.read(reader, 9) == b"text" and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    with whole_file(tmp_path / "link") as file:
+        file.write("more")
+    assert os.read(reader, 9) == b"textmore" and (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
     os.close(reader)
 
 
@@ -218,6 +221,17 @@ def test_a_bug_is_one_line_that_says_where(debug, monkeypatch, capsys):
     assert "\n" not in stop.value.code and "--debug" in stop.value.code and "report it" in stop.value.code
     assert "KeyError" in stop.value.code and re.search(r"curves\.py:\d+\)", stop.value.code)
     assert ("Traceback" in capsys.readouterr().err) == debug
+
+
+@pytest.mark.parametrize("failure, told", [
+    (MemoryError(), True), (OSError(12, "Cannot allocate memory"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (InputError("--encoder_weights x: not a state dict (RuntimeError: can't allocate memory)"), False)])
+def test_memory_that_is_too_small_is_told(failure, told):
+    line = utils.in_one_line(failure, argparse.Namespace(batch_size=[8, 3]))
+    assert ("too small for --batch_size 8 3; try --batch_size 4 1" in line) == told and (told or line == str(failure))
+    assert ("too small; end other programs" in utils.in_one_line(failure, argparse.Namespace())) == told
 
 
 def test_a_wrong_flag_is_one_line_and_status_2(monkeypatch, capsys):

@@ -11,18 +11,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from utils import InputError, Processes, broadcast, gather, load_checkpoint, sweep, unwritable, whole_file
+from utils import InputError, Processes, broadcast, gather, hold, load_checkpoint, sweep, unwritable, whole_file
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-CLAIM_SECONDS = 10  # to wait for the folder
+CLAIM_SECONDS = 10  # to wait until another run leaves the folder
 UNBEGUN = {"step": 0, "sums": [0.0] * 5, "seconds": 0.0}  # of an epoch: batches seen, what `measure` gave, time
 # Flags that may change without a word: they do not change what is learned, or (the model's) the checkpoint has them.
 HARMLESS = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "stage",
@@ -42,7 +37,7 @@ def own_place(args: argparse.Namespace, processes: Processes) -> Iterator[None]:
     Where a process fails, torchrun starts all again by the same command: that goes on from the run's own checkpoint.
     """
     restarted = any(gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", processes))
-    refusal = folder = None
+    refusal = lock = None
     if processes.rank == 0:
         there = output_path(args, "checkpoint_")
         if restarted and there.exists() and (load_checkpoint(there)["training"] or {}).get("launch") == launch():
@@ -51,15 +46,16 @@ def own_place(args: argparse.Namespace, processes: Processes) -> Iterator[None]:
         if held and not args.checkpoint:
             refusal = (f"{held[0]} holds a run already: go on with --checkpoint {held[0]}, or name another "
                        "--output_folder for a new one")
-        elif there.exists() and there.resolve().parent != Path(args.checkpoint).resolve().parent:
+        elif there.exists() and there.parent.resolve() != Path(args.checkpoint).parent.resolve():
             refusal = f"{there} belongs to another run than {args.checkpoint}; name another --output_folder"
         else:
             refusal = unwritable(there.parent)  # better now than after the first epoch
+        made = not there.parent.exists()
         if not refusal:
             there.parent.mkdir(parents=True, exist_ok=True)
-            folder = os.open(there.parent, os.O_RDONLY) if fcntl else None
-            if folder is not None and not claimed(folder):
-                refusal = f"another run is at work in {there.parent}; let it end, or name another --output_folder"
+            lock = claim(there.with_name(f".{there.name}.run.tmp"))
+            if not lock:
+                refusal = f"another run is at work on {there}; let it end, or name another --output_folder"
         sweep(output_path(args, "BEST_checkpoint_"))  # the other files are written, and so swept, every epoch
         elastic = os.environ.get
         if elastic("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and elastic("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -71,23 +67,26 @@ def own_place(args: argparse.Namespace, processes: Processes) -> Iterator[None]:
             raise InputError(refusal)
         yield
     finally:
-        if folder is not None:
-            os.close(folder)
+        if lock:
+            Path(lock.name).unlink(missing_ok=True)
+            hold(lock, "LOCK_UN")  # closing it is not enough: a DataLoader's process has it, too
+            lock.close()
+            if made:
+                with suppress(OSError):  # it is not empty
+                    there.parent.rmdir()
 
 
-def claimed(folder: int) -> bool:
-    """Whether this process may lock the folder: of a run that was killed, the readers hold it for some seconds."""
+def claim(path: Path) -> IO[str] | None:
+    """Opens and locks a file, or gives up: of a run that was killed, the processes that read hold it some seconds."""
     tries_until = time.monotonic() + CLAIM_SECONDS
     while True:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > tries_until:
-                return False
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return True
+        file = open(path, "w")
+        if hold(file, "LOCK_EX", "LOCK_NB") and os.fstat(file.fileno()).st_nlink:  # else its holder just removed it
+            return file
+        file.close()
+        if time.monotonic() > tries_until:
+            return None
+        time.sleep(0.2)
 
 
 def launch() -> str | None:
@@ -170,10 +169,13 @@ def batches_of(args: dict[str, Any], stage: int, world_size: int) -> dict[str, A
 def check_not_behind(training: dict[str, Any], args: argparse.Namespace) -> None:
     """Refuses to go back in a run's own folder, where the next checkpoint would replace the newer one."""
     there = output_path(args, "checkpoint_")
-    newest = load_checkpoint(there)["training"] if there.exists() else training
+    newest = training
+    if there.exists():
+        with suppress(InputError):  # a damaged one may be replaced
+            newest = load_checkpoint(there)["training"] or training
     place, newest_place = ([each[name] for name in ("stage", "epoch", "step")] for each in (training, newest))
     if place < newest_place and not (args.stage == "2" and newest["stage"] == 1):  # whose best stage 2 begins from
-        raise InputError(f"{there} is further (stage {newest['stage']}, epoch {newest['epoch'] + 1}) than "
+        raise InputError(f"{there} is further (stage {newest['stage']}, {newest['epoch']} epochs done) than "
                          f"{args.checkpoint}, and would be replaced; go on with --checkpoint {there}, or name another "
                          "--output_folder")
 
@@ -182,7 +184,10 @@ def keep_log(training: dict[str, Any], args: argparse.Namespace) -> None:
     """Where stage 2 begins from the best epoch of stage 1, the log keeps those after it."""
     log = output_path(args, "log_", ".jsonl")
     if training["stage"] == 1 and args.stage == "2" and log.is_file():
-        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        rows = []
+        with suppress(ValueError):  # damaged
+            rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row["stage"] == 1]
         if rows[:len(training["log"])] == training["log"]:
             training["log"] = rows
 
@@ -191,10 +196,10 @@ def keep_best(start: dict[str, Any], args: argparse.Namespace) -> None:
     """Brings the best checkpoint along into a new output folder, where no later epoch may be better."""
     best = output_path(args, "BEST_checkpoint_")
     source = Path(args.checkpoint).with_name(best.name)
+    if not source.is_file():
+        source = Path(args.checkpoint)
+        start["training"]["best_bleu4"] = start["scores"].get("bleu4", -1.0)
     if not best.exists():
-        if not source.is_file():
-            source = Path(args.checkpoint)
-            start["training"]["best_bleu4"] = start["scores"].get("bleu4", -1.0)
         with open(source, "rb") as weights, whole_file(best, "wb") as file:
             shutil.copyfileobj(weights, file)
     elif not output_path(args, "checkpoint_").exists() and not filecmp.cmp(source, best, shallow=False):
