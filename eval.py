@@ -145,16 +145,14 @@ def measure(scores: PackedSequence, captions: Tensor, decode_lengths: list[int],
 
     Returns:
         (5,): cross entropy over the words, doubly stochastic term over the captions (both carry gradients), words
-        that were among the five most probable (0 where gradients are wanted), number of words, number of captions.
+        that were among the five most probable, number of words, number of captions.
     """
     predicted = scores.data                                                     # (words, V), no padding
     targets = pack_padded_sequence(captions[:, 1:], decode_lengths, batch_first=True).data  # (words,)
     cross_entropy = F.cross_entropy(predicted.float(), targets, reduction="sum", label_smoothing=label_smoothing)
-    top5 = cross_entropy.new_zeros(())
-    if not predicted.requires_grad:  # training does not ask
-        top5 += (predicted.topk(min(5, predicted.size(1)), dim=1).indices == targets.unsqueeze(1)).sum()
+    top5 = (predicted.topk(min(5, predicted.size(1)), dim=1).indices == targets.unsqueeze(1)).sum()
     counts = (cross_entropy.new_full((), count) for count in (len(targets), len(captions)))
-    return torch.stack([cross_entropy, doubly_stochastic(alphas.float()).sum(), top5, *counts])
+    return torch.stack([cross_entropy, doubly_stochastic(alphas.float()).sum(), top5.float(), *counts])
 
 
 def forced_bleu(dataset: CaptionDataset, forced: list[list[list[int]]], word_map: dict[str, int]) -> float:

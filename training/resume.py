@@ -15,7 +15,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from utils import InputError, Processes, broadcast, gather, hold, load_checkpoint, sweep, unwritable, whole_file
+from utils import (
+    InputError,
+    Processes,
+    broadcast,
+    gather,
+    hold,
+    load_checkpoint,
+    sweep,
+    unwritable,
+    whole_file,
+    writing,
+)
 
 CLAIM_SECONDS = 10  # to wait until another run leaves the folder
 UNBEGUN = {"step": 0, "sums": [0.0] * 5, "seconds": 0.0}  # of an epoch: batches seen, what `measure` gave, time
@@ -52,8 +63,9 @@ def own_place(args: argparse.Namespace, processes: Processes) -> Iterator[None]:
             refusal = unwritable(there.parent)  # better now than after the first epoch
         made = not there.parent.exists()
         if not refusal:
-            there.parent.mkdir(parents=True, exist_ok=True)
-            lock = claim(there.with_name(f".{there.name}.run.tmp"))
+            with writing(there):
+                there.parent.mkdir(parents=True, exist_ok=True)
+                lock = claim(there.with_name(f".{there.name}.run.tmp"))
             if not lock:
                 refusal = f"another run is at work on {there}; let it end, or name another --output_folder"
         sweep(output_path(args, "BEST_checkpoint_"))  # the other files are written, and so swept, every epoch
