@@ -176,6 +176,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_stages(args: argparse.Namespace, processes: Processes, precision: str) -> list[dict[str, Any]]:
+    """The stages that the flags ask for, from the checkpoint on that they name; returns the rows of the log."""
     args.workers = loader_workers(args.workers, processes.device)
     word_map = load_word_map(args.data_folder, args.data_name)
     train, val = (CaptionDataset(args.data_folder, args.data_name, split) for split in ("TRAIN", "VAL"))

@@ -207,12 +207,12 @@ def writing(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path} could not be written ({reason}); what stood there before is as it was") from error
 
 
-def hold(file: Any, *how: str) -> bool:
-    """Locks a file or folder until it is closed, or its process ends in whatever way; waits for it, or otherwise as
-    the flags of `flock` say. False where another process holds it, and it was not waited for."""
+def hold(file: Any, wait: bool = True) -> bool:
+    """Locks a file or folder until it is closed, or its process ends in whatever way. False where another process
+    holds it, and it was not waited for."""
     try:
         if fcntl:
-            fcntl.flock(file, sum(getattr(fcntl, each) for each in how or ["LOCK_EX"]))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks

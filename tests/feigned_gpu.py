@@ -31,7 +31,7 @@ SIZED_BY_VALUES = {aten._local_scalar_dense.default, aten.nonzero.default, aten.
 class Seen(NamedTuple):
     """What a feigned GPU was asked to do."""
 
-    operations: Counter[str]  # by name; each is at least one kernel
+    operations: Counter[str]  # by name; nearly each is a kernel or several
     waits: Counter[str]       # by the function of ours that waited
 
 

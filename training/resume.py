@@ -80,8 +80,8 @@ def own_place(args: argparse.Namespace, processes: Processes) -> Iterator[None]:
         yield
     finally:
         if lock:
-            Path(lock.name).unlink(missing_ok=True)
-            hold(lock, "LOCK_UN")  # closing it is not enough: a DataLoader's process has it, too
+            with suppress(OSError):  # Windows lets nobody remove an open file
+                Path(lock.name).unlink()  # closing it is not enough: a DataLoader's process may have it, too
             lock.close()
             if made:
                 with suppress(OSError):  # it is not empty
@@ -93,7 +93,7 @@ def claim(path: Path) -> IO[str] | None:
     tries_until = time.monotonic() + CLAIM_SECONDS
     while True:
         file = open(path, "w")
-        if hold(file, "LOCK_EX", "LOCK_NB") and os.fstat(file.fileno()).st_nlink:  # else its holder just removed it
+        if hold(file, wait=False) and os.fstat(file.fileno()).st_nlink:  # else its holder just removed it
             return file
         file.close()
         if time.monotonic() > tries_until:
@@ -196,12 +196,11 @@ def keep_log(training: dict[str, Any], args: argparse.Namespace) -> None:
     """Where stage 2 begins from the best epoch of stage 1, the log keeps those after it."""
     log = output_path(args, "log_", ".jsonl")
     if training["stage"] == 1 and args.stage == "2" and log.is_file():
-        rows = []
-        with suppress(ValueError):  # damaged
+        with suppress(ValueError, TypeError, KeyError):  # a damaged one begins anew
             rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        rows = [row for row in rows if row["stage"] == 1]
-        if rows[:len(training["log"])] == training["log"]:
-            training["log"] = rows
+            rows = [row for row in rows if row["stage"] == 1]
+            if rows[:len(training["log"])] == training["log"]:
+                training["log"] = rows
 
 
 def keep_best(start: dict[str, Any], args: argparse.Namespace) -> None:
