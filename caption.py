@@ -16,15 +16,20 @@ from __future__ import annotations
 
 import argparse
 import base64
+import gc
 import glob
 import io
 import json
 import math
+import os
 import string
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+if __name__ == "__main__":
+    gc.disable()  # until the model is there: a million objects of PyTorch's stay, and looking among them takes a second
 
 import numpy as np
 import torch
@@ -387,6 +392,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     figures = figure_paths(args.out, pictures) if args.out else []
     page = bool(figures) and figures[0].suffix.lower() in PAGES
     encoder, decoder, word_map, precision = load(args.model or find_model(), args.word_map, args.device, args.precision)
+    gc.enable()
 
     results, shown, rev_word_map = [], [], reverse(word_map)
     first_ones = range(0, len(pictures), args.batch_size)
@@ -420,3 +426,4 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     run_script(main, get_parser())
+    os._exit(0)  # to take PyTorch's objects apart one by one would take another second

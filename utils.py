@@ -67,6 +67,7 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
     try:
         with signals_to(raise_stopped):
             main(args)
+            sys.stdout.flush()  # where the disk is full, it fails here and not at the very end
             if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
                 dist.destroy_process_group()
     except (KeyboardInterrupt, Exception) as error:

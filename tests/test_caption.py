@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -382,7 +382,8 @@ def test_the_best_caption_is_drawn(flags, smooth, model, run, pictures, monkeypa
 
 def test_no_display_is_asked_for(checkpoint, pictures, tmp_path):
     """As a command, without warnings, where a window cannot be opened."""
-    code = """import runpy, sys
+    code = """import os, runpy, sys
+os._exit = print  # by which the command ends; this goes on, and Python's own end warns of what was left open
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 assert "matplotlib.pyplot" not in sys.modules"""
@@ -394,3 +395,21 @@ assert "matplotlib.pyplot" not in sys.modules"""
                           env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{pictures[0]}: ")
     assert (tmp_path / "x.png").is_file()
+
+
+def caption_into(stdout: int | IO[bytes], checkpoint: Path, picture: Path) -> tuple[int, bytes, bytes]:
+    command = [sys.executable, REPOSITORY / "caption.py", "--img", picture, "--model", checkpoint, "--max_len", "3"]
+    done = subprocess.run([*command, "--device", "cpu"], stdout=stdout, stderr=subprocess.PIPE)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_ends_at_once_but_loses_nothing(checkpoint, pictures):
+    status, caption, errors = caption_into(subprocess.PIPE, checkpoint, pictures[0])
+    assert (status, errors) == (0, b"") and caption.startswith(f"{pictures[0]}: ".encode()) and caption[-1:] == b"\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux's")
+def test_what_cannot_be_printed_is_a_failure(checkpoint, pictures):
+    with open("/dev/full", "wb") as full:
+        status, _, errors = caption_into(full, checkpoint, pictures[0])
+    assert status == 1 and errors.startswith(b"caption.py: ") and errors.count(b"\n") == 1
