@@ -67,10 +67,11 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
     try:
         with signals_to(raise_stopped):
             main(args)
-            sys.stdout.flush()  # where the disk is full, it fails here and not at the very end
+            sys.stdout.flush()  # fails here, if at all, and not at Python's own end
             if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
                 dist.destroy_process_group()
     except (KeyboardInterrupt, Exception) as error:
+        drop_what_cannot_be_printed()
         if SIGNALS or isinstance(error, KeyboardInterrupt):  # any failure after a signal is its consequence
             if os.environ.get("RANK", "0") == "0":           # one line from all processes
                 print(printable(f"\n{parser.prog}: {go_on(args)}"), file=sys.stderr)
@@ -84,6 +85,14 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
         sys.unraisablehook = unraisable
         for bar in list(getattr(tqdm, "_instances", [])):
             bar.close()  # or the line would stand behind a half-drawn bar
+
+
+def drop_what_cannot_be_printed() -> None:
+    """Where standard output is closed or full, Python would complain of it once more at its own end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def reason(error: Exception) -> str:
