@@ -36,7 +36,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch import Tensor
 
-from datasets import encode, open_image, read_image, read_word_map, reverse, to_rgb, words_of
+from datasets import all_unreadable, encode, open_image, read_image, read_word_map, reverse, to_rgb, words_of
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models
 from utils import (
     InputError,
@@ -381,27 +381,39 @@ def check_length_penalty(power: float) -> None:
         raise UsageError(f"--length_penalty {power:g}: from 0 to 2")
 
 
+def read_pictures(paths: Sequence[Path], unreadable: list[tuple[Path, InputError]]) -> dict[Path, Image.Image]:
+    """What the model sees of each file, 256 x 256; files that cannot be read are put on the list."""
+    pictures = {}
+    for path in paths:
+        try:
+            pictures[path] = Image.fromarray(read_image(path).transpose(1, 2, 0))
+        except InputError as error:
+            unreadable.append((path, error))
+    return pictures
+
+
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Captions pictures, prints and returns the results."""
+    """Captions pictures, prints and returns the results. Where some cannot be read, it fails after all others."""
     if min(args.beam_size, args.batch_size, args.max_len, args.n_best) < 1 or args.n_best > args.beam_size:
         raise UsageError("--beam_size, --batch_size, --max_len and --n_best are 1 or more; --n_best <= --beam_size")
     check_length_penalty(args.length_penalty)
     if args.json and Path(args.json).suffix.lower() in SUFFIXES | PAGES:
         raise UsageError(f"--json {args.json}: the results would overwrite a picture or a page; name another file")
     pictures = find_pictures(args.img)
-    figures = figure_paths(args.out, pictures) if args.out else []
-    page = bool(figures) and figures[0].suffix.lower() in PAGES
+    figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}
+    page = any(path.suffix.lower() in PAGES for path in figures.values())
     encoder, decoder, word_map, precision = load(args.model or find_model(), args.word_map, args.device, args.precision)
     gc.enable()
 
     results, shown, rev_word_map = [], [], reverse(word_map)
+    unreadable: list[tuple[Path, InputError]] = []
     first_ones = range(0, len(pictures), args.batch_size)
     bar = progress(first_ones, "captions", "batch", len(first_ones) > 1)
     for i in bar:
-        batch = pictures[i:i + args.batch_size]
-        found = caption_paths(encoder, decoder, batch, word_map, args.beam_size, args.max_len, args.n_best, precision,
-                              args.length_penalty)
-        for j, (path, hypotheses) in enumerate(zip(batch, found, strict=True), i):
+        batch = read_pictures(pictures[i:i + args.batch_size], unreadable)
+        found = caption_paths(encoder, decoder, list(batch.values()), word_map, args.beam_size, args.max_len,
+                              args.n_best, precision, args.length_penalty) if batch else []
+        for path, hypotheses in zip(batch, found, strict=True):
             captions = [to_caption(each, rev_word_map) for each in hypotheses]
             results.append({"image": str(path), "captions": [
                 {"caption": " ".join(each.words), "log_prob": each.log_prob, "finished": each.finished}
@@ -412,15 +424,19 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             if page:
                 shown.append(html_figure(path, path.name, captions))
             elif figures:
-                draw(path, figures[j], hypotheses[0], rev_word_map, args.smooth)
+                draw(path, figures[path], hypotheses[0], rev_word_map, args.smooth)
+    if not results:
+        raise all_unreadable(unreadable)
     if page:
-        write_page(figures[0], "What the model saw", {"": shown}, args.smooth)
+        write_page(args.out, "What the model saw", {"": shown}, args.smooth)
     text = printable(json.dumps(results, indent=2, ensure_ascii=False))  # a file's name may hold what is no letter
     if args.json == "-":
         print(text)
     elif args.json:
         with whole_file(args.json) as file:
             file.write(text + "\n")
+    if unreadable:
+        raise all_unreadable(unreadable)
     return results
 
 

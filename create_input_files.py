@@ -28,7 +28,7 @@ import h5py
 import numpy as np
 from torch.utils.data import DataLoader
 
-from datasets import IMAGE_SIZE, check_pixels, read_image, read_json
+from datasets import IMAGE_SIZE, all_unreadable, check_pixels, read_image, read_json
 from utils import (
     SPECIAL_WORDS,
     InputError,
@@ -308,10 +308,7 @@ def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture]
         bar.update(min(loader.batch_size, bar.total - bar.n))
     bar.close()
     if unreadable:
-        (_, first), *others = unreadable
-        names = ", ".join(str(each) for each, _ in others[:5])
-        more = f" (and {len(others)} more: {names}{', ...' if others[5:] else ''})" if others else ""
-        raise InputError(f"{first}{more}")
+        raise all_unreadable(unreadable)
     with h5py.File(path, "r") as file:
         check_pixels(file["images"], f"{split} ({pictures[0].path}, ...)")
 

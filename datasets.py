@@ -62,6 +62,14 @@ def read_image(path: str | Path | Image.Image) -> np.ndarray:
                          "out") from error
 
 
+def all_unreadable(unreadable: Sequence[tuple[Path, InputError]]) -> InputError:
+    """What to say of several pictures that `read_image` refused: all of the first, and the names of a few more."""
+    (_, first), *others = unreadable
+    names = ", ".join(str(path) for path, _ in others[:5])
+    return InputError(f"{first} (and {len(others)} more: {names}{', ...' if others[5:] else ''})" if others else
+                      str(first))
+
+
 def to_rgb(picture: Image.Image) -> Image.Image:
     """A picture of any mode as RGB, upright."""
     if picture.format == "EPS":

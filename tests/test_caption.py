@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from matplotlib.figure import Figure
 from PIL import Image
 from skimage.transform import pyramid_expand
@@ -191,10 +192,22 @@ def test_any_kind_of_picture(run, tmp_path):
         f"{Path(name).stem}_attention.png" for name in names.values()}
 
 
-def test_an_unreadable_picture_is_named(run, pictures):
-    pictures[1].write_bytes(pictures[1].read_bytes()[:200])
-    with pytest.raises(InputError, match=rf"{pictures[1].name}: this picture cannot be read"):
-        run("--img", *pictures)
+def test_an_unreadable_picture_is_named_when_the_others_have_their_captions(run, pictures, capsys):
+    expected = run("--img", *pictures[2:])
+    for broken in pictures[:2]:
+        broken.write_bytes(broken.read_bytes()[:200])
+    capsys.readouterr()
+    with refused(f"{pictures[0]}: this picture cannot be read", f"(and 1 more: {pictures[1]})"):
+        run("--img", *pictures, "--batch_size", "2", "--json", "all.json", "--out", "figures")
+    assert json.loads(Path("all.json").read_text()) == expected
+    assert len(list(Path("figures").iterdir())) == len(expected) == len(pictures) - 2
+
+
+def test_where_no_picture_can_be_read_nothing_is_written(run, pictures):
+    pictures[0].write_bytes(b"")
+    with refused(f"{pictures[0]}: this picture cannot be read"):
+        run("--img", pictures[0], "--json", "all.json", "--out", "page.html")
+    assert not Path("all.json").exists() and not Path("page.html").exists()
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
