@@ -276,6 +276,8 @@ def setup_processes(device: str | None, precision: str | None) -> tuple[Processe
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda":
+            if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+                raise InputError(f"--device {device}: each process takes a GPU of its own; leave the flag out")
             chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
             torch.cuda.set_device(chosen)
         torch.zeros(1, device=chosen).item()

@@ -75,7 +75,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 @pytest.fixture
 def alone(monkeypatch):
     """Without what torchrun sets, and with PyTorch's settings put back afterwards."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
@@ -98,6 +98,13 @@ def test_a_device_that_cannot_be_used_is_named(device):
     with pytest.raises(InputError, match=f"--device {device}: ") as error:
         setup_processes(device, None)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("alone")
+def test_processes_do_not_share_a_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--device cuda:1: each process takes a GPU of its own; leave the flag out"):
+        setup_processes("cuda:1", None)
 
 
 @pytest.mark.usefixtures("alone")
