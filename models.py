@@ -9,8 +9,10 @@ another, and the beam search that writes captions). Read from top to bottom: thi
     scores, captions, lengths, alphas, order = decoder(features, captions, caption_lengths)
     captions = decoder.beam_search(features, word_map, beam_size=5)
 
-Letters of the shapes: N pictures (or captions), C features of a pixel, P pixels of the feature map, K hypotheses of
-the beam, T steps of decoding, E, D and A the sizes of word embedding, decoder and attention, V words.
+Letters of the shapes: N pictures (or captions), C features of a pixel, P pixels of the feature map, S those of the
+encoder's own map (8 x 8 where the other is 14 x 14), K hypotheses of the beam, R rows of a step (N, or N * K), L
+numbers of a padded caption, T steps of decoding, E, D and A the sizes of word embedding, decoder and attention, V
+words.
 """
 from __future__ import annotations
 

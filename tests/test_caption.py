@@ -132,7 +132,8 @@ def test_captions_from_python(model, checkpoint, pictures, tmp_path, monkeypatch
 
 def test_the_readmes_five_lines_run(checkpoint, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = re.search("```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    code = re.search("```python\n(from caption .*?)```", readme, re.DOTALL)[1]
     shutil.copy(checkpoint, re.search('load\\("([^"]*)"', code)[1])
     for name in ("photo.jpg", "cat.png"):
         Image.open(pictures[0]).save(name)

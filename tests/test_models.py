@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import models
 from models import Attention, DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -107,6 +109,21 @@ def test_attention_weights_sum_to_one_and_weigh_the_features() -> None:
     context, alpha = Attention(5, 4, 3)(features, hidden)
     torch.testing.assert_close(alpha.sum(dim=1), torch.ones(2))
     torch.testing.assert_close(context, (features * alpha.unsqueeze(2)).sum(dim=1))
+
+
+def test_the_readmes_plain_loop_gives_the_same_scores() -> None:
+    """The plain equivalent of what `unroll`, `prepare`, `word_gates` and `step` do for speed."""
+    readme = (Path(models.__file__).parent / "README.md").read_text(encoding="utf-8")
+    code = re.search("```python\n(a = encoder.*?)```", readme, re.DOTALL)[1]
+    decoder, features = random_decoder(0)
+    captions, said, looked = torch.randint(6, (3, 7)), [], []
+    expected, _, _, alphas, order = decoder(features, captions, torch.full((3, 1), 7))
+    decoder.fc.register_forward_hook(lambda *call: said.append(call[2]))
+    decoder.attention.register_forward_hook(lambda *call: looked.append(call[2][1]))
+    exec(code, {"torch": torch, "decoder": decoder, "encoder": lambda images: images, "images": features,
+                "captions": captions})
+    torch.testing.assert_close(torch.stack(said, 1)[order], expected)
+    torch.testing.assert_close(torch.stack(looked, 1)[order], alphas)
 
 
 def test_several_hypotheses_of_a_picture_attend_as_if_alone() -> None:
