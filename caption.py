@@ -304,7 +304,8 @@ def html_words(caption: Caption) -> str:
 
 def whereabouts(alpha: np.ndarray) -> str:
     """Where the highest weight is, in words."""
-    row, column = (3 * i // n for i, n in zip(np.unravel_index(alpha.argmax(), alpha.shape), alpha.shape, strict=True))
+    highest = np.unravel_index(alpha.argmax(), alpha.shape)
+    row, column = ((6 * i + 3) // (2 * n) for i, n in zip(highest, alpha.shape, strict=True))  # by a pixel's middle
     return f"looked at the {('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
 
 

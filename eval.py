@@ -200,18 +200,17 @@ def meteor(references: Sequence[Sequence[Sequence[str]]], captions: Sequence[Seq
     """METEOR, 0 to 100, by its own Java program. None, and a line on stderr, where that fails."""
     # It takes punctuation apart, and the brackets of <unk> would match other brackets.
     captions = [["xunkx" if word == "<unk>" else word for word in words] for words in captions]
-    scorer = Meteor()
     try:
+        scorer = Meteor()
         with scorer.meteor_p as process:  # closes the pipes
             try:
                 return 100 * scorer.compute_score(*_coco(references, captions))[0]
             finally:
                 process.kill()
+                scorer.lock = threading.Lock()  # a failure leaves it locked, and the destructor would wait for ever
     except (OSError, ValueError) as error:
         print(f"METEOR is left out: its Java program failed ({error})", file=sys.stderr)
         return None
-    finally:
-        scorer.lock = threading.Lock()  # a failure leaves it locked, and the destructor would wait for ever
 
 
 def _coco(references: Sequence[Sequence[Sequence[str]]],

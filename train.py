@@ -202,10 +202,10 @@ def run_stages(args: argparse.Namespace, processes: Processes, precision: str) -
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuses what cannot work before anything is loaded."""
-    for name, least in (("epochs", 1), ("batch_size", 1), ("decoder_lr", 0)):
+    for name in ("epochs", "batch_size", "decoder_lr"):
         values = getattr(args, name)
-        if not 1 <= len(values) <= 2 or min(values) < least:
-            raise UsageError(f"--{name} takes one number for both stages or two, one for each, {least} or more")
+        if len(values) > 2 or min(values) <= 0:
+            raise UsageError(f"--{name} takes one number for both stages or two, one for each, above 0")
     sizes = ("emb_dim", "attention_dim", "decoder_dim", "encoded_image_size", "print_freq")
     if min(getattr(args, name) for name in sizes) < 1 or (args.workers or 0) < 0 or args.encoded_image_size > 256:
         raise UsageError(f"--{', --'.join(sizes)} are 1 or more, --workers 0 or more, --encoded_image_size 256 or less")

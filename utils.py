@@ -64,6 +64,7 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
     SIGNALS.clear()
     unraisable = sys.unraisablehook  # called of what is raised in destructors: a stop is in SIGNALS still
     sys.unraisablehook = lambda lost: None if lost.exc_type is Stopped else unraisable(lost)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it is None where nobody listens
     try:
         with signals_to(raise_stopped):
             main(args)
@@ -213,8 +214,8 @@ def writing(path: str | Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save and h5py hide it
         if not isinstance(cause, OSError):
             raise
-        reason = os.strerror(cause.errno) if cause.errno else cause
-        raise InputError(f"{path} could not be written ({reason}); what stood there before is as it was") from error
+        why = os.strerror(cause.errno) if cause.errno else cause
+        raise InputError(f"{path} could not be written ({why}); what stood there before is as it was") from error
 
 
 def hold(file: Any, wait: bool = True) -> bool:
@@ -269,7 +270,7 @@ class Processes(NamedTuple):
 def setup_processes(device: str | None, precision: str | None) -> tuple[Processes, str]:
     """Joins the other processes, if torchrun started several, and chooses device and precision.
 
-    The precision is bfloat16 on CUDA and float32 elsewhere, unless the user says otherwise.
+    The precision is bfloat16 on a GPU that has it and float32 elsewhere, unless the user says otherwise.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -282,9 +283,9 @@ def setup_processes(device: str | None, precision: str | None) -> tuple[Processe
             torch.cuda.set_device(chosen)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        why = str(error).splitlines()[0]
         instead = "leave the flag out" if device else "take --device cpu, or fewer processes"
-        raise InputError(f"--device {device or chosen}: PyTorch cannot use it here ({reason}); {instead}") from error
+        raise InputError(f"--device {device or chosen}: PyTorch cannot use it here ({why}); {instead}") from error
     if chosen.type == "cpu":
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
@@ -396,6 +397,8 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None) ->
         if not isinstance(state[part], dict) or not all(map(_is_whole, state[part].values())):
             raise InputError(f"{path}: refused, its {part} is not of plain tensors that are whole in the file; get "
                              "the file again, or name another")
+    if not isinstance(state["word_map"], dict | None):
+        check_word_map(state["word_map"], path)  # which says that it is none
     state["word_map"] = state["word_map"] or word_map
     if not state["word_map"]:
         raise InputError(f"{path}: this checkpoint holds no word map; give it with --word_map WORDMAP_....json")

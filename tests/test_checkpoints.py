@@ -126,6 +126,8 @@ DAMAGES = {
     "a newer format": lambda path: save_checkpoint(path, {**our_state(), "format": 2}),
     "a strange format": lambda path: save_checkpoint(path, {**our_state(), "format": "x"}),
     "too few words": lambda path: save(path, word_map={"<pad>": 0}),
+    "no words but a number": lambda path: save(path, word_map=5),
+    "no words but a tensor": lambda path: save(path, word_map=torch.zeros(2)),
 }
 
 

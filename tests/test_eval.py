@@ -148,6 +148,15 @@ def test_meteor_needs_java(monkeypatch):
     assert found["METEOR"] is None and 50 < found["ROUGE-L"] < 70 and 0 < found["BLEU-1"] < 100
 
 
+def test_meteor_that_cannot_be_started_costs_only_itself(monkeypatch, capsys):
+    def fail() -> None:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(evaluation, "Meteor", fail)
+    assert meteor(PEOPLE, [each[0] for each in PEOPLE]) is None
+    assert capsys.readouterr().err == "METEOR is left out: its Java program failed (Cannot allocate memory)\n"
+
+
 @pytest.mark.parametrize("command", [["false"], ["echo", "Error: no jar"]])
 def test_meteor_that_fails_costs_only_itself(command, monkeypatch, capsys):
     """An old Java, or too little memory for it. Its destructor asks for its lock, and must not wait for ever."""

@@ -275,6 +275,17 @@ def test_stopped_before_there_is_anything_to_save(server: Any, prepared: Prepare
     assert not (tmp_path / "out").exists()
 
 
+def test_stage_2_stopped_before_its_first_checkpoint_begins_from_the_best_again(
+        server: Any, prepared: Prepared, tmp_path: Path) -> None:
+    """The last checkpoint of stage 1 stands in the folder, but it is not what the flags begin from."""
+    arguments, output = flags(prepared, tmp_path / "out"), tmp_path / "output"
+    assert finish(start(server, "train", [*arguments, "--stage", "1"], output)) == 0
+    best = tmp_path / "out" / f"BEST_checkpoint_{prepared.name}.pth.tar"
+    arguments = [*arguments, "--stage", "2", "--checkpoint", str(best)]
+    assert finish(start(server, "train", arguments, output, ("train.make_learner", 1, signal.SIGTERM))) == 143
+    assert last_line(output) == "train.py: stopped before the first checkpoint; the same command starts again"
+
+
 def test_a_second_signal_ends_at_once(server: Any, folders: list[Path], alone: Path, prepared: Prepared,
                                       tmp_path: Path) -> None:
     arguments = flags(prepared, tmp_path / "out", "--data_folder", folders[0] / "data", "--cache_features")

@@ -201,7 +201,7 @@ def test_a_page_has_everything_in_it(tmp_path: Path) -> None:
     assert {int(look.min()) for look in looks} == {int(255 * (0.2 + 0.8 * 0.2 / 15 / 0.8))}
     assert [each["aria-label"] for each in page.all("button")][:4] == [
         "a: looked at the top left", "dog: looked at the middle right", "runs: looked at the bottom left",
-        "dogs: looked at the top left"]
+        "dogs: looked at the middle centre"]
     assert (page.text["h1"], page.text["h2"], page.text["title"]) == (["A title"], ["Second"], ["A title"])
     assert page.text["small"] == ["-9.50", "x.jpg · log-probability -7.31", "y.jpg · CIDEr 1.23"]
     assert page.text["summary"] == ["1 more"]

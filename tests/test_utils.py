@@ -199,6 +199,13 @@ def test_a_file_without_text_is_named(content, tmp_path):
 
 # ---- run_script ------------------------------------------------------------------------------------------------------
 
+def test_nobody_need_listen(monkeypatch):
+    """Python has no standard output where it is closed, as `>&-` does."""
+    monkeypatch.setattr("sys.argv", ["x.py"])
+    monkeypatch.setattr("sys.stdout", None)
+    run_script(lambda args: print("something"), argparse.ArgumentParser())
+
+
 @pytest.mark.parametrize("failure, status, shown", [
     (InputError("--img x: no picture there"), 1, "train.py: --img x: no picture there\n"),
     (FileNotFoundError(2, "No such file or directory", "x.txt"), 1,

@@ -52,8 +52,9 @@ def keep_features(dataset: CaptionDataset, encoder: nn.Module, device: torch.dev
     """Encodes each picture once, into a file beside the pictures; from then on the data set gives these features.
 
     A frozen encoder gives the same features every epoch. They are kept in the run's own precision, so that nothing
-    that is computed from them changes. The file's name holds a digest of all that they depend on; an unfinished one
-    is gone on with. Of several processes on a machine the first encodes, and the others wait for the file.
+    that is computed from them changes. The file's name holds a digest of the encoder, the precision and the
+    pictures' file (not of the device); an unfinished one is gone on with. Of several processes on a machine the first
+    encodes, and the others wait for the file.
 
     Raises:
         InputError: too little space on the disk.

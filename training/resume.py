@@ -111,8 +111,13 @@ def launch() -> str | None:
 def how_to_go_on(args: argparse.Namespace) -> str:
     """What a stopped run says last: where it stands, and the command that takes it up again."""
     there = output_path(args, "checkpoint_")
+    again = "stopped before the first checkpoint; the same command starts again"
     if not there.exists():
-        return "stopped before the first checkpoint; the same command starts again"
+        return again
+    if args.stage == "2":
+        with suppress(InputError):  # a damaged one is named when it is taken up
+            if load_checkpoint(there)["training"]["stage"] == 1:  # its last epoch; the flags name the best
+                return again
     command = sys.orig_argv
     if "LOCAL_WORLD_SIZE" in os.environ:
         nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
