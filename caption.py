@@ -128,8 +128,8 @@ def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image],
     words = reverse(model.word_map)
     return [[to_caption(each, words) for each in hypotheses]
             for i in range(0, len(images), batch_size)
-            for hypotheses in caption_paths(model.encoder, model.decoder, images[i:i + batch_size], model.word_map,
-                                            beam_size, max_len, n_best, model.precision, length_penalty)]
+            for hypotheses in caption_paths(model, images[i:i + batch_size], beam_size, max_len, n_best,
+                                            length_penalty)]
 
 
 def to_caption(hypothesis: Hypothesis, rev_word_map: dict[int, str]) -> Caption:
@@ -145,22 +145,21 @@ def caption_image_beam_search(encoder: Encoder, decoder: DecoderWithAttention, i
     Returns:
         Indices of the words, from <start> to <end>, and for each the attention's weights, a list of n rows of n.
     """
-    best = caption_paths(encoder, decoder, [image_path], word_map, beam_size)[0][0]
+    best = caption_paths(Captioner(encoder, decoder, word_map, "float32"), [image_path], beam_size)[0][0]
     return best.sequence, to_grid(best.alphas).tolist()
 
 
 @torch.inference_mode()
-def caption_paths(encoder: Encoder, decoder: DecoderWithAttention, paths: Sequence[str | Path | Image.Image],
-                  word_map: dict[str, int], beam_size: int = 5, max_len: int = 51, n_best: int = 1,
-                  precision: str = "float32", length_penalty: float = 0.0) -> list[list[Hypothesis]]:
+def caption_paths(model: Captioner, paths: Sequence[str | Path | Image.Image], beam_size: int = 5, max_len: int = 51,
+                  n_best: int = 1, length_penalty: float = 0.0) -> list[list[Hypothesis]]:
     """For each picture its n best captions, as the search finds them. Raises InputError where one cannot be read."""
-    decoder.eval()
-    device = decoder.fc.weight.device
+    model.decoder.eval()
+    device = model.decoder.fc.weight.device
     images = torch.from_numpy(np.stack([read_image(path) for path in paths]))   # (N, 3, 256, 256)
-    with autocast(device, precision):
-        features = encode(encoder, images, device)                              # (N, h, w, C)
-        return decoder.beam_search(features, word_map, beam_size, max_len, n_best=n_best,
-                                   pooling=encoder.pooling(features), length_penalty=length_penalty)
+    with autocast(device, model.precision):
+        features = encode(model.encoder, images, device)                        # (N, h, w, C)
+        return model.decoder.beam_search(features, model.word_map, beam_size, max_len, n_best=n_best,
+                                         pooling=model.encoder.pooling(features), length_penalty=length_penalty)
 
 
 def to_grid(alphas: Tensor) -> Tensor:
@@ -403,17 +402,17 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     pictures = find_pictures(args.img)
     figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}
     page = any(path.suffix.lower() in PAGES for path in figures.values())
-    encoder, decoder, word_map, precision = load(args.model or find_model(), args.word_map, args.device, args.precision)
+    model = load(args.model or find_model(), args.word_map, args.device, args.precision)
     gc.enable()
 
-    results, shown, rev_word_map = [], [], reverse(word_map)
+    results, shown, rev_word_map = [], [], reverse(model.word_map)
     unreadable: list[tuple[Path, InputError]] = []
     first_ones = range(0, len(pictures), args.batch_size)
     bar = progress(first_ones, "captions", "batch", len(first_ones) > 1)
     for i in bar:
         batch = read_pictures(pictures[i:i + args.batch_size], unreadable)
-        found = caption_paths(encoder, decoder, list(batch.values()), word_map, args.beam_size, args.max_len,
-                              args.n_best, precision, args.length_penalty) if batch else []
+        found = caption_paths(model, list(batch.values()), args.beam_size, args.max_len, args.n_best,
+                              args.length_penalty) if batch else []
         for path, hypotheses in zip(batch, found, strict=True):
             captions = [to_caption(each, rev_word_map) for each in hypotheses]
             results.append({"image": str(path), "captions": [

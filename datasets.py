@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils import (
     InputError,
+    Processes,
     UsageError,
     check_word_map,
     ignore_signals,
@@ -324,12 +325,11 @@ class EpochSampler(Sampler[list[int]]):
             yield (batch[self.rank::self.world_size] if self.counts(step) else batch[:1]).tolist()
 
 
-def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, rank: int = 0, world_size: int = 1,
-                 device: torch.device | None = None) -> DataLoader:
+def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, processes: Processes) -> DataLoader:
     """Batches of pictures, each once, of this process's share: every world_size-th picture from the rank-th on."""
-    share = torch.utils.data.Subset(Pictures(dataset), range(rank, dataset.n_images, world_size))
+    share = torch.utils.data.Subset(Pictures(dataset), range(processes.rank, dataset.n_images, processes.world_size))
     return DataLoader(share, batch_size, num_workers=workers, worker_init_fn=ignore_signals,
-                      pin_memory=device is not None and device.type == "cuda")
+                      pin_memory=processes.device.type == "cuda")
 
 
 def encode(encoder: nn.Module, pictures: Tensor, device: torch.device) -> Tensor:

@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from caption import PAGES, Captioner, caption_images, check_length_penalty, html_figure, write_page
 from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, reverse, words_of
-from models import DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
+from models import Hypothesis, build_models, doubly_stochastic
 from utils import (
     InputError,
     Processes,
@@ -86,26 +86,24 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 @torch.inference_mode()
-def generate_captions(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDataset,
-                      word_map: dict[str, int], beam_size: int, processes: Processes, precision: str,
+def generate_captions(model: Captioner, dataset: CaptionDataset, beam_size: int, processes: Processes,
                       batch_size: int = 32, workers: int = 0, max_len: int = 51,
                       length_penalty: float = 0.0) -> list[Hypothesis]:
     """The best caption of each picture of the data set, in its order, on every process."""
-    decoder.eval()
+    encoder, decoder = model.encoder, model.decoder.eval()
     found: list[Hypothesis] = []
-    loader = image_loader(dataset, batch_size, workers, processes.rank, processes.world_size, processes.device)
+    loader = image_loader(dataset, batch_size, workers, processes)
     for images, *_ in progress(loader, f"beam {beam_size}", "batch", processes.rank == 0):
-        with autocast(processes.device, precision):
+        with autocast(processes.device, model.precision):
             features = encode(encoder, images, processes.device)                                   # (N, h, w, C)
-            best = decoder.beam_search(features, word_map, beam_size, max_len, pooling=encoder.pooling(features),
+            best = decoder.beam_search(features, model.word_map, beam_size, max_len, pooling=encoder.pooling(features),
                                        with_alphas=False, length_penalty=length_penalty)
         found += [hypotheses[0] for hypotheses in best]
     return interleave(gather(found, processes))
 
 
 @torch.inference_mode()
-def validate(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDataset, word_map: dict[str, int],
-             processes: Processes, precision: str, batch_size: int,
+def validate(model: Captioner, dataset: CaptionDataset, processes: Processes, batch_size: int,
              workers: int = 0) -> tuple[list[float], float, list[list[str]]]:
     """What training asks after each epoch. Every picture is encoded once, for all its captions and for the search.
 
@@ -113,12 +111,12 @@ def validate(encoder: Encoder, decoder: DecoderWithAttention, dataset: CaptionDa
         The sums of `measure` with the true words as input, the tutorial's BLEU-4 of the words predicted that way, and
         for each picture a caption generated freely (beam 1), as words.
     """
-    decoder.eval()
+    encoder, decoder, word_map = model.encoder, model.decoder.eval(), model.word_map
     sums = torch.zeros(5, dtype=torch.float64, device=processes.device)
     forced, generated, rev_word_map = [], [], reverse(word_map)
-    loader = image_loader(dataset, batch_size, workers, processes.rank, processes.world_size, processes.device)
+    loader = image_loader(dataset, batch_size, workers, processes)
     for images, captions, lengths in progress(loader, "validation", "batch", processes.rank == 0):
-        with autocast(processes.device, precision):
+        with autocast(processes.device, model.precision):
             features = encode(encoder, images, processes.device)                                   # (N, h, w, C)
             pooling, captions = encoder.pooling(features), captions.flatten(0, 1).to(processes.device)  # (N * 5, L)
             output = decoder.unroll(features, captions, lengths.view(-1, 1), pooling=pooling)
@@ -290,8 +288,9 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     path = args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar"
     own_words = read_word_map(args.word_map) if args.word_map else data_words
     checkpoint = broadcast(load_checkpoint(path, own_words) if first else None, processes)
-    encoder, decoder = (model.to(processes.device) for model in build_models(checkpoint, path))
-    word_map, rev_word_map = checkpoint["word_map"], reverse(checkpoint["word_map"])
+    encoder, decoder = (each.to(processes.device) for each in build_models(checkpoint, path))
+    model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
+    rev_word_map = reverse(model.word_map)
     references = dataset.references(data_words)
     if first and not shutil.which("java"):
         print("Java was not found: METEOR is left out (install a Java runtime, say default-jre)", file=sys.stderr)
@@ -299,9 +298,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for beam_size in args.beam_size:
         started = time.perf_counter()
-        found = generate_captions(encoder, decoder, dataset, word_map, beam_size, processes, precision,
-                                  args.batch_size, loader_workers(args.workers, processes.device), args.max_len,
-                                  args.length_penalty)
+        found = generate_captions(model, dataset, beam_size, processes, args.batch_size,
+                                  loader_workers(args.workers, processes.device), args.max_len, args.length_penalty)
         seconds = time.perf_counter() - started
         if not first:
             continue
@@ -320,7 +318,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if first:
         write_table(args, rows)
         if args.gallery:
-            write_gallery(args, Captioner(encoder, decoder, word_map, precision), dataset, references, captions)
+            write_gallery(args, model, dataset, references, captions)
     return rows
 
 

@@ -433,13 +433,17 @@ def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: 
 
 def validate_epoch(run: Run, learner: Learner, batch_size: int) -> dict[str, Any]:
     """The second half of the log's row, with three captions to look at on the way."""
-    sums, forced_bleu4, captions = validate(learner.encoder, learner.decoder, run.val, run.word_map, run.processes,
-                                            run.precision, max(1, batch_size // run.val.cpi), run.args.workers)
+    sums, forced_bleu4, captions = validate(captioner(run, learner), run.val, run.processes,
+                                            max(1, batch_size // run.val.cpi), run.args.workers)
     for i in looked_at(run):
         run.say(printable(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})"))
     return {"val_loss": loss_of(sums, run.args.alpha_c), "val_cross_entropy": sums[0] / sums[3],
             "val_doubly_stochastic": sums[1] / sums[4], "val_top5": 100 * sums[2] / sums[3],
             "bleu4": bleu(run.val_references, captions)[3], "bleu4_teacher_forced": forced_bleu4}
+
+
+def captioner(run: Run, learner: Learner) -> Captioner:
+    return Captioner(learner.encoder, learner.decoder, run.word_map, run.precision)
 
 
 def looked_at(run: Run) -> list[int]:
@@ -483,7 +487,7 @@ def draw_gaze(run: Run, learner: Learner, title: str) -> None:
     if run.processes.rank > 0:
         return
     pictures = [Image.fromarray(run.val.images[i].transpose(1, 2, 0)) for i in looked_at(run)]
-    found = caption_images(Captioner(learner.encoder, learner.decoder, run.word_map, run.precision), pictures, 1)
+    found = caption_images(captioner(run, learner), pictures, 1)
     with whole_file(output_path(run.args, "gaze_", ".png"), "wb") as file:
         draw_sheet(pictures, [best for best, *_ in found], title).save(file, "PNG")
 

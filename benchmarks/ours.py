@@ -171,8 +171,8 @@ def search(setting: Setting, precision: str, pictures: int | None = None) -> tup
         dataset.captions, dataset.n_images = dataset.captions[:CAPTIONS_PER_IMAGE * pictures], pictures
     began = now(setting.device)
     with quiet():
-        found = generate_captions(learner.encoder, learner.decoder, dataset, run.word_map, BEAM_SIZE, run.processes,
-                                  run.precision, SEARCH_BATCH, run.args.workers)
+        found = generate_captions(train.captioner(run, learner), dataset, BEAM_SIZE, run.processes, SEARCH_BATCH,
+                                  run.args.workers)
     return found, now(setting.device) - began
 
 

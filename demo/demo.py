@@ -24,12 +24,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are; was this folder, whose demo.py would hide the folder demo
 
-from caption import caption_paths, to_grid  # noqa: E402
+from caption import caption_paths, load, to_grid  # noqa: E402
 from datasets import CaptionDataset, reverse, words_of  # noqa: E402
 from demo.shapes import draw_data_set, shape_of  # noqa: E402
 from eval import bleu  # noqa: E402
-from models import Hypothesis, build_models  # noqa: E402
-from utils import InputError, keep_freed_memory, load_checkpoint, run_script  # noqa: E402
+from models import Hypothesis  # noqa: E402
+from utils import InputError, run_script  # noqa: E402
 
 NAME = "shapes_5_cap_per_img_0_min_word_freq"
 # A small model for a small language, and higher learning rates than the defaults, to be done in minutes.
@@ -80,10 +80,8 @@ def looks(hypothesis: Hypothesis, words: Sequence[str], objects: Sequence[dict])
 
 def examine(folder: Path) -> dict[str, float]:
     """BLEU-4 on the test scenes, and with the captions of other ones; and where it looked."""
-    keep_freed_memory()
-    checkpoint = load_checkpoint(folder / f"BEST_checkpoint_{NAME}.pth.tar")
-    encoder, decoder = build_models(checkpoint)
-    word_map, rev_word_map = checkpoint["word_map"], reverse(checkpoint["word_map"])
+    model = load(folder / f"BEST_checkpoint_{NAME}.pth.tar", device="cpu")
+    word_map, rev_word_map = model.word_map, reverse(model.word_map)
     data = json.loads((folder / "shapes" / "dataset_shapes.json").read_text())["images"]
     boxes = json.loads((folder / "shapes" / "boxes.json").read_text())
     names = [image["filename"] for image in data if image["split"] == "test"]
@@ -91,7 +89,7 @@ def examine(folder: Path) -> dict[str, float]:
 
     paths = [folder / "shapes" / "images" / name for name in names]
     found = [best[0] for i in range(0, len(paths), 10)
-             for best in caption_paths(encoder, decoder, paths[i:i + 10], word_map, beam_size=1)]
+             for best in caption_paths(model, paths[i:i + 10], beam_size=1)]
     captions = [words_of(each.sequence, rev_word_map) for each in found]
     generator = torch.Generator().manual_seed(0)
     shuffled = [captions[i] for i in torch.randperm(len(captions), generator=generator).tolist()]

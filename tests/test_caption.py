@@ -93,7 +93,7 @@ def test_weights_lie_as_the_pixels_do():
 
 def test_the_decoder_does_not_drop_words_out(model, pictures):
     model.decoder.train()
-    found = [caption_paths(model.encoder, model.decoder, pictures, model.words, max_len=8) for _ in range(3)]
+    found = [caption_paths(model.captioner, pictures, max_len=8) for _ in range(3)]
     assert not model.decoder.training and len({str([each[0].sequence for each in batch]) for batch in found}) == 1
 
 
@@ -115,7 +115,7 @@ def test_captions_from_python(model, checkpoint, pictures, tmp_path, monkeypatch
     opened = Image.open("two.tif")
     found = caption_images(captioner, [str(pictures[0]), opened, pictures[2]], 3, 8, n_best=2, batch_size=2)
     opened.seek(1)  # it is still open
-    expected = caption_paths(model.encoder, model.decoder, pictures, model.words, 3, 8, 2)
+    expected = caption_paths(model.captioner, pictures, 3, 8, 2)
     assert [len(each) for each in found] == [2, 2, 2]
     for captions, hypotheses in zip(found, expected, strict=True):
         for one, other in zip(captions, hypotheses, strict=True):
@@ -155,7 +155,7 @@ def test_a_model_of_the_original_tutorial_from_python(model, pictures, tmp_path)
 
 
 def test_batches_change_nothing(model, pictures, run):
-    alone = [caption_paths(model.encoder, model.decoder, [path], model.words, 3, 8)[0][0] for path in pictures]
+    alone = [caption_paths(model.captioner, [path], 3, 8)[0][0] for path in pictures]
     for batch_size in (1, 2, 16):
         results = run("--img", *pictures, "--batch_size", batch_size)
         assert [each["captions"][0]["caption"] for each in results] == [sentence(each, model) for each in alone]
@@ -389,7 +389,7 @@ def test_the_best_caption_is_drawn(flags, smooth, model, run, pictures, monkeypa
     run("--img", *pictures, "--out", "figures", "--n_best", 3, "--batch_size", 2, *flags)
     assert len(drawn) == len(list(Path("figures").iterdir())) == 3
     for path, (of, sequence, alphas, rev_word_map, how) in zip(pictures, drawn, strict=True):
-        best = caption_paths(model.encoder, model.decoder, [path], model.words, 3, 8)[0][0]
+        best = caption_paths(model.captioner, [path], 3, 8)[0][0]
         assert of == path and sequence == best.sequence and how is smooth and rev_word_map[sequence[0]] == "<start>"
         assert torch.allclose(alphas, to_grid(best.alphas), atol=1e-5)
 

@@ -24,6 +24,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import eval as evaluation
+from caption import Captioner
 from datasets import CaptionDataset, load_word_map, normalize, reverse, words_of
 from eval import bleu, brevity_penalty, generate_captions, interleave, measure, meteor, score, validate
 from models import DecoderWithAttention, Encoder
@@ -49,6 +50,7 @@ class Model:
                                    (self.decoder.init_h.weight, 10), (self.decoder.decode_step.weight_hh, 4)):
                 weight.mul_(factor)
             self.decoder.fc.bias[words["<end>"]] = 3
+        self.captioner = Captioner(self.encoder, self.decoder, words, "float32")
 
     def save(self, path: Path, **changes: Any) -> Path:
         save_checkpoint(path, {
@@ -77,9 +79,8 @@ def pictures(prepared) -> CaptionDataset:
 
 
 def captions_of(model: Model, dataset: CaptionDataset, beam_size: int = 2, **options: Any) -> list[list[int]]:
-    options = {"processes": ALONE, "precision": "float32", "max_len": 8, **options}
-    return [each.sequence for each in generate_captions(model.encoder, model.decoder, dataset, model.words, beam_size,
-                                                        **options)]
+    options = {"processes": ALONE, "max_len": 8, **options}
+    return [each.sequence for each in generate_captions(model.captioner, dataset, beam_size, **options)]
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def test_validation_is_one_pass_over_everything(batch_size, model, prepared):
     scores, _, lengths, _, order = output
     predictions = {int(i): scores[row, :length].argmax(1).tolist()
                    for row, (i, length) in enumerate(zip(order, lengths, strict=True))}
-    found = validate(model.encoder, model.decoder, dataset, model.words, ALONE, "float32", batch_size)
+    found = validate(model.captioner, dataset, ALONE, batch_size)
     assert found[0] == pytest.approx(measured(output).tolist(), rel=1e-5) and found[0][4] == len(dataset) == 30
     assert found[1] == pytest.approx(tutorials_bleu(dataset, predictions, model.words)) and 10 < found[1] < 90
     assert found[2] == [words_of(each, reverse(model.words)) for each in greedy] and len(greedy) == 6

@@ -14,6 +14,7 @@ from test_train import load, run, same, setting_of
 from torch.utils.data import DataLoader
 
 import train
+from caption import Captioner
 from datasets import CaptionDataset, EpochSampler, Pictures, ignore_signals, load_word_map
 from eval import generate_captions, validate
 from models import DecoderWithAttention, Encoder
@@ -60,11 +61,11 @@ def test_memory_of_evaluation_is_flat(prepared: Prepared) -> None:
     encoder = Encoder(4, ENCODER)
     decoder = DecoderWithAttention(8, 8, 16, len(word_map), encoder.encoder_dim)
     train.keep_features(dataset, encoder, CPU, "float32", 0, show=False)
-    one = Processes(0, 1, CPU)
+    one, model = Processes(0, 1, CPU), Captioner(encoder, decoder, word_map, "float32")
 
     def work() -> None:
-        validate(encoder, decoder, dataset, word_map, one, "float32", 4)
-        generate_captions(encoder, decoder, dataset, word_map, 2, one, "float32", 4, max_len=8)
+        validate(model, dataset, one, 4)
+        generate_captions(model, dataset, 2, one, 4, max_len=8)
 
     try:
         assert growth(work, 5, 20) < 1
