@@ -227,32 +227,26 @@ class History(NamedTuple):
 
     def trace_back(self, last: int, unfinished: Tensor, start: int, n_best: int,
                    length_penalty: float) -> list[list[Hypothesis]]:
-        """The n best captions of each picture; `unfinished` (N, K) are the log-probabilities after step `last`."""
-        ends: list[list[tuple[bool, float, int, int]]] = [[] for _ in unfinished]  # unfinished, -log_prob, step, place
-        totals, left = self.totals.tolist(), unfinished.tolist()
-        for t, picture, place in self.ended.nonzero().tolist():
-            ends[picture].append((False, -totals[t][picture][place], t, place))
-        for picture, place in (unfinished > -torch.inf).nonzero().tolist():
-            ends[picture].append((True, -left[picture][place], last, place))
-        parents, words = self.parents.tolist(), self.words.tolist()
+        """The n best captions of each picture; `unfinished` (N, K): those that had not ended after step `last`."""
+        parents, words, totals = self.parents.tolist(), self.words.tolist(), self.totals.tolist()
+        ends: list[list[tuple[bool, float, int, int]]] = [[] for _ in unfinished]  # unfinished, cost, step, place
+        for open_end, t, picture, place in [*((False, *each) for each in self.ended.nonzero().tolist()),
+                                            *((True, last, *each) for each in unfinished.nonzero().tolist())]:
+            ends[picture].append((open_end, -totals[t][picture][place] / (t + 1) ** length_penalty, t, place))
 
-        def read(picture: int, open_end: bool, cost: float, t: int, place: int) -> Hypothesis:
-            sequence, gazes = [], []
+        def read(picture: int, open_end: bool, _: float, t: int, place: int) -> Hypothesis:
+            log_prob, sequence, gazes = totals[t][picture][place], [], []
             for step in range(t, -1, -1):
                 sequence.append(words[step][picture][place])
                 place = parents[step][picture][place]
                 if self.alphas:
                     gazes.append(self.alphas[step][picture, place])
             alphas = torch.stack([torch.ones_like(gazes[0]), *gazes[::-1]]).float().cpu() if gazes else None
-            return Hypothesis([start, *sequence[::-1]], -cost, not open_end, alphas)
-
-        def by_worth(end: tuple[bool, float, int, int]) -> tuple[bool, float, int, int]:
-            open_end, cost, t, place = end
-            return open_end, cost / (t + 1) ** length_penalty, t, place
+            return Hypothesis([start, *sequence[::-1]], log_prob, not open_end, alphas)
 
         silent = Hypothesis([start], -torch.inf, False,  # nothing could be said
                             self.alphas[0].new_ones(1, self.alphas[0].size(2)).cpu() if self.alphas else None)
-        return [[read(picture, *each) for each in sorted(found, key=by_worth)[:n_best]] or [silent]
+        return [[read(picture, *each) for each in sorted(found)[:n_best]] or [silent]
                 for picture, found in enumerate(ends)]
 
 
@@ -459,8 +453,8 @@ class DecoderWithAttention(nn.Module):
                 total, width, pictures, word = (each[kept] for each in (total, width, pictures, word))
                 h, c = (state.unflatten(0, (-1, beam_size))[kept].flatten(0, 1) for state in (h, c))
 
-        unfinished = torch.full((n_pictures, beam_size), -torch.inf, device=device)
-        unfinished[pictures] = total
+        unfinished = torch.zeros(n_pictures, beam_size, dtype=torch.bool, device=device)
+        unfinished[pictures] = total > -torch.inf
         return history.trace_back(t, unfinished, start, n_best, length_penalty)
 
 
