@@ -260,8 +260,7 @@ def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[s
             f"{max(state['best_bleu4'], 0):.2f}, {state['epochs_since_improvement']} epochs without a better one")
 
     while state["epoch"] < epochs and state["epochs_since_improvement"] < PATIENCE:
-        sampling = args.scheduled_sampling * state["epoch"] / max(epochs - 1, 1)
-        row = train_epoch(run, learner, loader, sampler, state, sampling, epochs)
+        row = train_epoch(run, learner, loader, sampler, state, epochs)
         began = time.monotonic()
         row |= validate_epoch(run, learner, batch_size)
         row["seconds"] += time.monotonic() - began
@@ -347,9 +346,10 @@ def new_models(run: Run) -> dict[str, Any]:
 
 
 def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSampler, state: dict[str, Any],
-                sampling: float, epochs: int) -> dict[str, Any]:
+                epochs: int) -> dict[str, Any]:
     """One pass over the captions, or what is left of it; returns the first half of the log's row."""
     args, stage, epoch = run.args, state["stage"], state["epoch"]
+    sampling = args.scheduled_sampling * epoch / max(epochs - 1, 1)
     sampler.epoch, sampler.first_step = epoch, state["step"]
     learner.decoder.train()
     sums, rates = state["sums"], learning_rates(vars(args), stage)

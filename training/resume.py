@@ -53,14 +53,7 @@ def own_place(args: argparse.Namespace, processes: Processes) -> Iterator[None]:
         there = output_path(args, "checkpoint_")
         if restarted and there.exists() and (load_checkpoint(there)["training"] or {}).get("launch") == launch():
             args.checkpoint = str(there)
-        held = [each for each in (there, output_path(args, "BEST_checkpoint_")) if each.exists()]
-        if held and not args.checkpoint:
-            refusal = (f"{held[0]} holds a run already: go on with --checkpoint {held[0]}, or name another "
-                       "--output_folder for a new one")
-        elif there.exists() and there.parent.resolve() != Path(args.checkpoint).parent.resolve():
-            refusal = f"{there} belongs to another run than {args.checkpoint}; name another --output_folder"
-        else:
-            refusal = unwritable(there.parent)  # better now than after the first epoch
+        refusal = why_not_here(args, there)
         made = not there.parent.exists()
         if not refusal:
             with writing(there):
@@ -86,6 +79,17 @@ def own_place(args: argparse.Namespace, processes: Processes) -> Iterator[None]:
             if made:
                 with suppress(OSError):  # it is not empty
                     there.parent.rmdir()
+
+
+def why_not_here(args: argparse.Namespace, there: Path) -> str | None:
+    """Why the folder of the run's checkpoint cannot be its own; None if it can."""
+    held = [each for each in (there, output_path(args, "BEST_checkpoint_")) if each.exists()]
+    if held and not args.checkpoint:
+        return (f"{held[0]} holds a run already: go on with --checkpoint {held[0]}, or name another --output_folder "
+                "for a new one")
+    if there.exists() and there.parent.resolve() != Path(args.checkpoint).parent.resolve():
+        return f"{there} belongs to another run than {args.checkpoint}; name another --output_folder"
+    return unwritable(there.parent)  # better now than after the first epoch
 
 
 def claim(path: Path) -> IO[str] | None:
