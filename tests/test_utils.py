@@ -203,7 +203,9 @@ def test_nobody_need_listen(monkeypatch):
     """Python has no standard output where it is closed, as `>&-` does."""
     monkeypatch.setattr("sys.argv", ["x.py"])
     monkeypatch.setattr("sys.stdout", None)
-    run_script(lambda args: print("something"), argparse.ArgumentParser())
+    said = []
+    run_script(lambda args: said.append(print("something")), argparse.ArgumentParser())
+    assert said == [None]
 
 
 @pytest.mark.parametrize("failure, status, shown", [
