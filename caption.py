@@ -15,28 +15,26 @@ The checkpoint alone is enough; without --model, the one BEST_checkpoint_*.pth.t
 from __future__ import annotations
 
 import argparse
-import base64
 import gc
 import glob
-import io
 import json
 import math
 import os
-import string
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if __name__ == "__main__":
     gc.disable()  # until the model is there: to look for garbage among half a million objects of PyTorch's takes 0.4 s
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
-from datasets import all_unreadable, encode, open_image, read_image, read_word_map, reverse, to_rgb, words_of
+from datasets import all_unreadable, encode, read_image, read_word_map, reverse, words_of
+from drawing.page import PAGES, html_figure, write_page
+from drawing.panels import fit, write_gif
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models
 from utils import (
     InputError,
@@ -54,9 +52,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what is taken from a folder
-PAGES = {".html", ".htm"}
-TEMPLATE = Path(__file__).parent / "templates" / "page.html"  # in a file, where an editor knows it for what it is
-DARK = 0.2  # of a pixel's brightness, where the model does not look at all
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -167,7 +162,7 @@ def to_grid(alphas: Tensor) -> Tensor:
     return alphas.unflatten(1, (math.isqrt(alphas.size(1)), -1))
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------
+# ---- where it looked -------------------------------------------------------------------------------------------------
 
 def visualize_att(image_path: str | Path, seq: Sequence[int], alphas: Any, rev_word_map: dict[int, str],
                   smooth: bool = True) -> Figure:
@@ -207,121 +202,6 @@ def enlarge(alpha: np.ndarray, size: int, smooth: bool) -> np.ndarray:
     if smooth:
         return resize(pyramid_expand(alpha, upscale=factor, sigma=factor / 3), (size, size))
     return resize(alpha, (size, size), order=0)
-
-
-def fit(image: str | Path | Image.Image, size: int) -> Image.Image:
-    """A picture in RGB, upright, its longer side this long."""
-    with open_image(image) as picture:
-        picture = to_rgb(picture)
-        scale = size / max(picture.size)
-        return picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.LANCZOS)
-
-
-def light(alpha: np.ndarray) -> Image.Image:
-    """Weights (n, n) as n x n greys, by which a picture is multiplied: white where the model looks most."""
-    return Image.fromarray((255 * (DARK + (1 - DARK) * alpha / alpha.max())).astype(np.uint8))
-
-
-def panel(picture: Image.Image, words: Sequence[str], now: int | None = None, alpha: np.ndarray | None = None,
-          smooth: bool = True) -> Image.Image:
-    """A picture, lit where the model looks, over its caption: the word of now on a block of colour (large enough to
-    be among a GIF's 256 colours), those to come pale."""
-    from matplotlib import get_data_path
-    if alpha is not None:
-        lights = light(alpha).resize(picture.size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
-        picture = ImageChops.multiply(picture, lights.convert("RGB"))
-    size = max(14, max(picture.size) // 20)
-    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)  # has most letters
-    width, margin, line = max(picture.width, 8 * size), size // 2, 3 * size // 2
-    words = ["".join(each if each.isprintable() else "?" for each in word) for word in words]
-    places, x, y = [], margin, picture.height + margin
-    for word in words:
-        if x > margin and x + font.getlength(word) > width - margin:
-            x, y = margin, y + line
-        places.append((x, y))
-        x += font.getlength(f"{word} ")
-    canvas = Image.new("RGB", (width, y + line), "white")
-    canvas.paste(picture, ((width - picture.width) // 2, 0))
-    pen = ImageDraw.Draw(canvas)
-    for i, (word, place) in enumerate(zip(words, places, strict=True)):
-        if i == now:
-            x, y = place
-            pen.rectangle((x - 3, y - 1, x + font.getlength(word) + 2, y + 5 * size // 4), "#b4441c")
-        pen.text(place, word, "white" if i == now else "black" if now is None or i < now else "#b8b4ae", font)
-    return canvas
-
-
-def write_gif(file: IO[bytes], image: str | Path | Image.Image, caption: Caption, smooth: bool = True) -> None:
-    """The gaze moves word by word: the picture alone, a frame for each word, and the picture with all that was said."""
-    picture, words = fit(image, 400), caption.words
-    looks = [panel(picture, words, i, alpha, smooth) for i, alpha in enumerate(caption.alphas)]
-    first, last = panel(picture, words, -1), panel(picture, words)
-    first.save(file, "GIF", save_all=True, append_images=[*looks, last], loop=0,
-               duration=[1000, *[700] * len(looks), 2000])  # milliseconds
-
-
-def draw_sheet(images: Sequence[Image.Image], captions: Sequence[Caption], title: str) -> Image.Image:
-    """Small panels of square pictures, a row for each: the picture under the title, then its first 15 words."""
-    rows = [[panel(small, [title]), *(panel(small, [word], alpha=alpha) for word, alpha
-                                      in zip(caption.words[:15], caption.alphas[:15], strict=True))]
-            for small, caption in zip([fit(image, 128) for image in images], captions, strict=True)]
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
-    for y, row in enumerate(rows):
-        for x, each in enumerate(row):
-            sheet.paste(each, (x * width, y * height))
-    return sheet
-
-
-# ---- a page ----------------------------------------------------------------------------------------------------------
-
-def html_figure(image: str | Path | Image.Image, name: str, captions: Sequence[Caption], note: str = "",
-                references: Sequence[str] = ()) -> str:
-    """A picture of the page, its best caption, the others on demand, and what people wrote."""
-    picture, (best, *others) = fit(image, 512), captions
-    more = written = ""
-    if others:
-        rows = "".join(f"<li>{html_words(each)} <small>{each.log_prob:.2f}</small></li>" for each in others)
-        more = f'<details><summary>{len(others)} more</summary><ol start="2">{rows}</ol></details>'
-    if references:
-        rows = "".join(f"<li>{escape(each)}</li>" for each in references)
-        written = f'<ul class="people" aria-label="people wrote">{rows}</ul>'
-    note = escape(note or f"log-probability {best.log_prob:.2f}")
-    return f"""<figure style="--ratio: {picture.width} / {picture.height}" aria-label="{escape(' '.join(best.words))}">
-<img class="photo" src="{data_uri(picture, "JPEG")}" alt="{escape(name)}">
-<figcaption><p class="caption">{html_words(best)}</p>{more}{written}<small>{escape(name)} &middot; {note}</small>
-</figcaption></figure>"""
-
-
-def html_words(caption: Caption) -> str:
-    """Words as buttons, each followed by the picture of its weights, which the page's style shows and hides."""
-    words = [f'<button type="button" aria-label="{escape(word)}: {whereabouts(alpha)}">{escape(word)}</button>'
-             f'<img class="gaze" src="{data_uri(light(alpha), "PNG")}" alt="">'
-             for word, alpha in zip(caption.words, caption.alphas, strict=True)]
-    return " ".join(words) + ("" if caption.finished else " &hellip;")
-
-
-def whereabouts(alpha: np.ndarray) -> str:
-    """Where the highest weight is, in words."""
-    highest = np.unravel_index(alpha.argmax(), alpha.shape)
-    row, column = ((6 * i + 3) // (2 * n) for i, n in zip(highest, alpha.shape, strict=True))  # by a pixel's middle
-    return f"looked at the {('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
-
-
-def data_uri(picture: Image.Image, kind: str) -> str:
-    file = io.BytesIO()
-    picture.save(file, kind, quality=80)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def write_page(path: str | Path, title: str, sections: Mapping[str, Sequence[str]], smooth: bool = True) -> None:
-    """One page that needs no other file: sections, by heading ("" for none), of what `html_figure` returns."""
-    body = [line for heading, figures in sections.items()
-            for line in (f"<h2>{escape(heading)}</h2>" if heading else "", "<section>", *figures, "</section>")]
-    page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title), body="\n".join(body), rendering="auto" if smooth else "pixelated")
-    with whole_file(path, "wb") as file:
-        file.write(page.encode("utf-8", "replace"))  # a file's name may hold what is no letter
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from caption import PAGES, Captioner, caption_images, check_length_penalty, html_figure, write_page
+from caption import Captioner, caption_images, check_length_penalty
 from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, reverse, words_of
+from drawing.page import PAGES, html_figure, write_page
 from models import Hypothesis, build_models, doubly_stochastic
 from utils import (
     InputError,

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from caption import Captioner, caption_images, draw_sheet
+from caption import Captioner, caption_images
 from datasets import (
     PREPROCESSING,
     CaptionDataset,
@@ -39,6 +39,7 @@ from datasets import (
     encode,
     load_word_map,
 )
+from drawing.panels import draw_sheet
 from eval import bleu, measure, validate
 from models import DecoderWithAttention, Encoder, build_models
 from training.curves import draw_curves

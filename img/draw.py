@@ -30,8 +30,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are
 
-from caption import fit, panel  # noqa: E402
 from demo.shapes import draw_scene, five_captions  # noqa: E402
+from drawing.panels import fit, panel  # noqa: E402
 from training.curves import draw_curves  # noqa: E402
 from utils import run_script, whole_file  # noqa: E402
 

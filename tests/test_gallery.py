@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caption import Caption, draw_sheet, fit, html_figure, panel, visualize_att, write_gif, write_page
+from caption import Caption, visualize_att
+from drawing.page import html_figure, write_page
+from drawing.panels import draw_sheet, fit, panel, write_gif
 
 DRIVER = shutil.which("chromedriver") if shutil.which("chromium") or shutil.which("google-chrome") else None
 

@@ -1,0 +1,80 @@
+"""Pictures lit where the model looked, each over its caption: single panels, an animation, a sheet of many."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFont
+
+from datasets import open_image, to_rgb
+
+if TYPE_CHECKING:
+    from caption import Caption
+
+DARK = 0.2  # of a pixel's brightness, where the model does not look at all
+
+
+def fit(image: str | Path | Image.Image, size: int) -> Image.Image:
+    """A picture in RGB, upright, its longer side this long."""
+    with open_image(image) as picture:
+        picture = to_rgb(picture)
+        scale = size / max(picture.size)
+        return picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.LANCZOS)
+
+
+def light(alpha: np.ndarray) -> Image.Image:
+    """Weights (n, n) as n x n greys, by which a picture is multiplied: white where the model looks most."""
+    return Image.fromarray((255 * (DARK + (1 - DARK) * alpha / alpha.max())).astype(np.uint8))
+
+
+def panel(picture: Image.Image, words: Sequence[str], now: int | None = None, alpha: np.ndarray | None = None,
+          smooth: bool = True) -> Image.Image:
+    """A picture, lit where the model looks, over its caption: the word of now on a block of colour (large enough to
+    be among a GIF's 256 colours), those to come pale."""
+    from matplotlib import get_data_path
+    if alpha is not None:
+        lights = light(alpha).resize(picture.size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+        picture = ImageChops.multiply(picture, lights.convert("RGB"))
+    size = max(14, max(picture.size) // 20)
+    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)  # has most letters
+    width, margin, line = max(picture.width, 8 * size), size // 2, 3 * size // 2
+    words = ["".join(each if each.isprintable() else "?" for each in word) for word in words]
+    places, x, y = [], margin, picture.height + margin
+    for word in words:
+        if x > margin and x + font.getlength(word) > width - margin:
+            x, y = margin, y + line
+        places.append((x, y))
+        x += font.getlength(f"{word} ")
+    canvas = Image.new("RGB", (width, y + line), "white")
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    pen = ImageDraw.Draw(canvas)
+    for i, (word, place) in enumerate(zip(words, places, strict=True)):
+        if i == now:
+            x, y = place
+            pen.rectangle((x - 3, y - 1, x + font.getlength(word) + 2, y + 5 * size // 4), "#b4441c")
+        pen.text(place, word, "white" if i == now else "black" if now is None or i < now else "#b8b4ae", font)
+    return canvas
+
+
+def write_gif(file: IO[bytes], image: str | Path | Image.Image, caption: Caption, smooth: bool = True) -> None:
+    """The gaze moves word by word: the picture alone, a frame for each word, and the picture with all that was said."""
+    picture, words = fit(image, 400), caption.words
+    looks = [panel(picture, words, i, alpha, smooth) for i, alpha in enumerate(caption.alphas)]
+    first, last = panel(picture, words, -1), panel(picture, words)
+    first.save(file, "GIF", save_all=True, append_images=[*looks, last], loop=0,
+               duration=[1000, *[700] * len(looks), 2000])  # milliseconds
+
+
+def draw_sheet(images: Sequence[Image.Image], captions: Sequence[Caption], title: str) -> Image.Image:
+    """Small panels of square pictures, a row for each: the picture under the title, then its first 15 words."""
+    rows = [[panel(small, [title]), *(panel(small, [word], alpha=alpha) for word, alpha
+                                      in zip(caption.words[:15], caption.alphas[:15], strict=True))]
+            for small, caption in zip([fit(image, 128) for image in images], captions, strict=True)]
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (max(map(len, rows)) * width, len(rows) * height), "white")
+    for y, row in enumerate(rows):
+        for x, each in enumerate(row):
+            sheet.paste(each, (x * width, y * height))
+    return sheet
