@@ -57,6 +57,9 @@ def sheet(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def write(axes: Axes, x: float, y: float, text: str, size: float = 11, color: str = INK, **more: Any) -> None:
+    """Words around (x, y)."""
+    if "\n" not in text and "va" not in more:  # level with other words beside, whatever letters they have
+        y, more["va"] = y - 0.36 * size / 72, "baseline"
     axes.text(x, y, text, **{"size": size, "color": color, "ha": "center", "va": "center", "linespacing": 1.35, **more})
 
 
@@ -64,7 +67,7 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, 
     """A rounded panel around (x, y)."""
     axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, linewidth=1.3, facecolor=color[0],
                                   edgecolor=color[1], boxstyle="round,pad=0,rounding_size=0.08"))
-    write(axes, x, y, text, size, va="center" if "\n" in text else "center_baseline")
+    write(axes, x, y, text, size)
 
 
 def arrow(axes: Axes, start: Point, end: Point, color: str = QUIET, bend: float = 0, style: str = "-") -> None:
@@ -279,8 +282,8 @@ def draw_files(_: dict[str, Any]) -> Figure:
     examples = (*words[0][1:-1], "<unk>", "<start>", "<end>", "<pad>")
     shown = ", ".join(f"{word}: {word_map[word]}" for word in examples)
     box(axes, 5.4, 0.33, 10.3, 0.42, "", GREEN)
-    write(axes, 0.5, 0.33, "WORDMAP .json", 11, weight="bold", ha="left", va="center_baseline")
-    write(axes, 2.2, 0.33, f"{{{shown}, ...}}", 11, ha="left", va="center_baseline")
+    write(axes, 0.5, 0.33, "WORDMAP .json", 11, weight="bold", ha="left")
+    write(axes, 2.2, 0.33, f"{{{shown}, ...}}", 11, ha="left")
     return figure
 
 
