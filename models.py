@@ -112,6 +112,15 @@ class Encoder(nn.Module):
             layer.requires_grad_(fine_tune)
 
 
+def _depthwise(layer: nn.Conv2d, features: Tensor) -> Tensor:
+    """The forward of a convolution of each channel by itself. On a CPU its gradient is four times as slow in bfloat16
+    as in float32, so that is what it is tuned in."""
+    if features.device.type != "cpu" or not (layer.weight.requires_grad and torch.is_grad_enabled()):
+        return type(layer).forward(layer, features)
+    with torch.autocast("cpu", enabled=False):
+        return type(layer).forward(layer, features.float()).to(features.dtype)
+
+
 class Attention(nn.Module):
     """Soft attention: how much to look at each pixel, given what was said so far (sections 3.1.2 and 4.2)."""
 
@@ -462,15 +471,6 @@ def _torchvision_trunk(name: str, weights: str | dict[str, Tensor] | None) -> li
     while isinstance(layers[-1], (nn.Linear, nn.Dropout, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is VGG's:
         layers.pop()                                                           # the paper looks at the 14x14x512 map
     return layers
-
-
-def _depthwise(layer: nn.Conv2d, features: Tensor) -> Tensor:
-    """The forward of a convolution of each channel by itself. On a CPU its gradient is four times as slow in bfloat16
-    as in float32, so that is what it is tuned in."""
-    if features.device.type != "cpu" or not (layer.weight.requires_grad and torch.is_grad_enabled()):
-        return type(layer).forward(layer, features)
-    with torch.autocast("cpu", enabled=False):
-        return type(layer).forward(layer, features.float()).to(features.dtype)
 
 
 def build_models(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[Encoder, DecoderWithAttention]:

@@ -1,4 +1,4 @@
-"""A page of captioned pictures that needs no other file: point at a word, and the picture shows where it came from."""
+"""A page of captioned pictures that needs no other file: point at a word, and see where the model looked."""
 from __future__ import annotations
 
 import base64

@@ -58,7 +58,7 @@ def sheet(width: float, height: float) -> tuple[Figure, Axes]:
 
 def write(axes: Axes, x: float, y: float, text: str, size: float = 11, color: str = INK, **more: Any) -> None:
     """Words around (x, y)."""
-    if "\n" not in text and "va" not in more:  # level with other words beside, whatever letters they have
+    if "\n" not in text and "va" not in more:  # centred as capitals are, so that all words beside stand level
         y, more["va"] = y - 0.36 * size / 72, "baseline"
     axes.text(x, y, text, **{"size": size, "color": color, "ha": "center", "va": "center", "linespacing": 1.35, **more})
 
