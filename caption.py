@@ -20,6 +20,7 @@ import glob
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,6 +69,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
     add("--length_penalty", type=float, default=0.0, metavar="P",
         help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
+    add("--consensus", action="store_true",
+        help="of the beam's captions the one that is most like the others; best with --beam_size 20")
     add = parser.add_argument_group("results").add_argument
     add("--out", metavar="PATH",
         help="where the model looked: an .html page, or a folder for .png files; for one picture a .png or .gif file")
@@ -114,7 +117,7 @@ def load(model: str | Path, word_map: str | Path | None = None, device: str | No
 
 def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image], beam_size: int = 5,
                    max_len: int = 51, n_best: int = 1, batch_size: int = 16,
-                   length_penalty: float = 0.0) -> list[list[Caption]]:
+                   length_penalty: float = 0.0, consensus: bool = False) -> list[list[Caption]]:
     """For each picture, a file or one that Pillow opened, its n best captions, the best first.
 
     Raises:
@@ -124,7 +127,7 @@ def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image],
     return [[to_caption(each, words) for each in hypotheses]
             for i in range(0, len(images), batch_size)
             for hypotheses in caption_paths(model, images[i:i + batch_size], beam_size, max_len, n_best,
-                                            length_penalty)]
+                                            length_penalty, consensus)]
 
 
 def to_caption(hypothesis: Hypothesis, rev_word_map: dict[int, str]) -> Caption:
@@ -144,17 +147,45 @@ def caption_image_beam_search(encoder: Encoder, decoder: DecoderWithAttention, i
     return best.sequence, to_grid(best.alphas).tolist()
 
 
-@torch.inference_mode()
 def caption_paths(model: Captioner, paths: Sequence[str | Path | Image.Image], beam_size: int = 5, max_len: int = 51,
-                  n_best: int = 1, length_penalty: float = 0.0) -> list[list[Hypothesis]]:
+                  n_best: int = 1, length_penalty: float = 0.0, consensus: bool = False) -> list[list[Hypothesis]]:
     """For each picture its n best captions, as the search finds them. Raises InputError where one cannot be read."""
-    model.decoder.eval()
-    device = model.decoder.fc.weight.device
     images = torch.from_numpy(np.stack([read_image(path) for path in paths]))   # (N, 3, 256, 256)
+    return search(model, images, beam_size, max_len, n_best, length_penalty, consensus)
+
+
+@torch.inference_mode()
+def search(model: Captioner, images: Tensor, beam_size: int, max_len: int = 51, n_best: int = 1,
+           length_penalty: float = 0.0, consensus: bool = False, with_alphas: bool = True) -> list[list[Hypothesis]]:
+    """The n best captions of each of the pictures, (N, 3, 256, 256) uint8; `beam_search` says what the rest means."""
+    decoder = model.decoder.eval()
+    device = decoder.fc.weight.device
     with autocast(device, model.precision):
         features = encode(model.encoder, images, device)                        # (N, h, w, C)
-        return model.decoder.beam_search(features, model.word_map, beam_size, max_len, n_best=n_best,
-                                         pooling=model.encoder.pooling(features), length_penalty=length_penalty)
+        found = decoder.beam_search(features, model.word_map, beam_size, max_len,
+                                    n_best=beam_size if consensus else n_best, pooling=model.encoder.pooling(features),
+                                    with_alphas=with_alphas, length_penalty=length_penalty)
+    return [by_consensus(hypotheses)[:n_best] for hypotheses in found] if consensus else found
+
+
+def by_consensus(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+    """A beam's captions, the one that is most like all of them first (minimum Bayes risk, Kumar and Byrne 2004).
+
+    The most probable caption may be an odd one, while the others agree on something else. So each finished one votes
+    for those that are like it, with its probability ** 0.3, as its plain probability would outvote all the others. Two
+    captions' likeness is the share of their n-grams, of 1 to 4 words, that they have in common. Unfinished ones come
+    last.
+    """
+    said = [each.sequence[1:len(each.sequence) - each.finished] for each in hypotheses]  # no <start>, no <end>
+    n_grams = [Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1)) for words in said]
+    highest = max((each.log_prob for each in hypotheses if each.finished), default=0.0)
+    votes = [math.exp(0.3 * (each.log_prob - highest)) if each.finished else 0.0 for each in hypotheses]
+
+    def support(i: int) -> float:
+        return sum(vote * 2 * (n_grams[i] & other).total() / max(n_grams[i].total() + other.total(), 1)
+                   for other, vote in zip(n_grams, votes, strict=True))
+
+    return [hypotheses[i] for i in sorted(range(len(said)), key=lambda i: (not hypotheses[i].finished, -support(i)))]
 
 
 def to_grid(alphas: Tensor) -> Tensor:
@@ -256,9 +287,12 @@ def draw(path: Path, figure_path: Path, hypothesis: Hypothesis, rev_word_map: di
             figure.savefig(file, format="png", dpi=80)
 
 
-def check_length_penalty(power: float) -> None:
-    if not 0 <= power <= 2:
-        raise UsageError(f"--length_penalty {power:g}: from 0 to 2")
+def check_choice(args: argparse.Namespace) -> None:
+    """How the beam's captions are ranked, in caption.py and in eval.py."""
+    if not 0 <= args.length_penalty <= 2:
+        raise UsageError(f"--length_penalty {args.length_penalty:g}: from 0 to 2")
+    if args.length_penalty and args.consensus:
+        raise UsageError("--length_penalty and --consensus are two ways to choose among the beam's captions; name one")
 
 
 def read_pictures(paths: Sequence[Path], unreadable: list[tuple[Path, InputError]]) -> dict[Path, Image.Image]:
@@ -276,7 +310,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions pictures, prints and returns the results. Where some cannot be read, it fails after all others."""
     if min(args.beam_size, args.batch_size, args.max_len, args.n_best) < 1 or args.n_best > args.beam_size:
         raise UsageError("--beam_size, --batch_size, --max_len and --n_best are 1 or more; --n_best <= --beam_size")
-    check_length_penalty(args.length_penalty)
+    check_choice(args)
     if args.json and Path(args.json).suffix.lower() in SUFFIXES | PAGES:
         raise UsageError(f"--json {args.json}: the results would overwrite a picture or a page; name another file")
     pictures = find_pictures(args.img)
@@ -292,7 +326,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     for i in bar:
         batch = read_pictures(pictures[i:i + args.batch_size], unreadable)
         found = caption_paths(model, list(batch.values()), args.beam_size, args.max_len, args.n_best,
-                              args.length_penalty) if batch else []
+                              args.length_penalty, args.consensus) if batch else []
         for path, hypotheses in zip(batch, found, strict=True):
             captions = [to_caption(each, rev_word_map) for each in hypotheses]
             results.append({"image": str(path), "captions": [

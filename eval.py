@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from caption import Captioner, caption_images, check_length_penalty
+from caption import Captioner, caption_images, check_choice, search
 from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, reverse, words_of
 from drawing.page import PAGES, html_figure, write_page
 from models import Hypothesis, build_models, doubly_stochastic
@@ -73,6 +73,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
     add("--length_penalty", type=float, default=0.0, metavar="P",
         help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
+    add("--consensus", action="store_true",
+        help="of the beam's captions the one that is most like the others; best with --beam_size 20")
     add = parser.add_argument_group("results").add_argument
     add("--json", nargs="?", const="-", metavar="FILE", help="scores as JSON, into a file or instead of the table")
     add("--out", metavar="DIR", help="writes the table (Markdown, JSON) and the captions in COCO's result format")
@@ -86,19 +88,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@torch.inference_mode()
 def generate_captions(model: Captioner, dataset: CaptionDataset, beam_size: int, processes: Processes,
                       batch_size: int = 32, workers: int = 0, max_len: int = 51,
-                      length_penalty: float = 0.0) -> list[Hypothesis]:
+                      length_penalty: float = 0.0, consensus: bool = False) -> list[Hypothesis]:
     """The best caption of each picture of the data set, in its order, on every process."""
-    encoder, decoder = model.encoder, model.decoder.eval()
     found: list[Hypothesis] = []
     loader = image_loader(dataset, batch_size, workers, processes)
     for images, *_ in progress(loader, f"beam {beam_size}", "batch", processes.rank == 0):
-        with autocast(processes.device, model.precision):
-            features = encode(encoder, images, processes.device)                                   # (N, h, w, C)
-            best = decoder.beam_search(features, model.word_map, beam_size, max_len, pooling=encoder.pooling(features),
-                                       with_alphas=False, length_penalty=length_penalty)
+        best = search(model, images, beam_size, max_len, 1, length_penalty, consensus, with_alphas=False)
         found += [hypotheses[0] for hypotheses in best]
     return interleave(gather(found, processes))
 
@@ -258,19 +255,19 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
         pictures = [Image.fromarray(dataset.images[i].transpose(1, 2, 0)) for i in shown]
         # Captioned again: where the model looked is kept of these alone.
         found = caption_images(model, pictures, args.beam_size[-1], args.max_len, 1, args.batch_size,
-                               args.length_penalty)
+                               args.length_penalty, args.consensus)
         sections[heading] = [
             html_figure(picture, f"picture {dataset.image_ids[i]}", best, f"CIDEr {cider[i]:.2f}",
                         [" ".join(words) for words in references[i]])
             for i, picture, best in zip(shown, pictures, found, strict=True)]
-    penalty = f", length penalty {args.length_penalty:g}" if args.length_penalty else ""
-    write_page(args.gallery, f"{args.data_name}, {args.split}, beam {args.beam_size[-1]}{penalty}", sections)
+    chosen = f", length penalty {args.length_penalty:g}" if args.length_penalty else ", consensus" * args.consensus
+    write_page(args.gallery, f"{args.data_name}, {args.split}, beam {args.beam_size[-1]}{chosen}", sections)
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if min(args.beam_size) < 1 or args.batch_size < 1 or args.max_len < 1 or (args.workers or 0) < 0:
         raise UsageError("--beam_size, --batch_size and --max_len are 1 or more, --workers 0 or more")
-    check_length_penalty(args.length_penalty)
+    check_choice(args)
     if (args.out and Path(args.out).is_file()) or (args.json and Path(args.json).is_dir()):
         raise UsageError(f"--out {args.out} --json {args.json}: --out is a folder, --json a file")
     if args.gallery and Path(args.gallery).suffix.lower() not in PAGES:
@@ -300,14 +297,16 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     for beam_size in args.beam_size:
         started = time.perf_counter()
         found = generate_captions(model, dataset, beam_size, processes, args.batch_size,
-                                  loader_workers(args.workers, processes.device), args.max_len, args.length_penalty)
+                                  loader_workers(args.workers, processes.device), args.max_len, args.length_penalty,
+                                  args.consensus)
         seconds = time.perf_counter() - started
         if not first:
             continue
         captions = [words_of(each.sequence, rev_word_map) for each in found]
         unfinished = sum(not each.finished for each in found) / len(found)
-        rows.append({"beam": beam_size, "length penalty": args.length_penalty, **score(references, captions),
-                     "unfinished": unfinished, "seconds": seconds, "images/s": len(found) / seconds})
+        rows.append({"beam": beam_size, "length penalty": args.length_penalty, "consensus": args.consensus,
+                     **score(references, captions), "unfinished": unfinished, "seconds": seconds,
+                     "images/s": len(found) / seconds})
         sentences = [" ".join(words) for words in captions]
         for warning in (warn_if_collapsed(sentences), warn_if_endless(unfinished, beam_size)):
             if warning:

@@ -166,6 +166,8 @@ CAPTION: dict[str, Case] = {
     "an unknown flag": (None, ["--beams", "3"], 2, ["unrecognized arguments: --beams", "--help"]),
     "a beam in words": (None, ["--beam_size", "three"], 2, ["--beam_size", "'three'"]),
     "a penalty below nothing": (None, ["--length_penalty", "-1"], 2, ["--length_penalty -1", "from 0 to 2"]),
+    "two ways to choose": (None, ["--length_penalty", "0.7", "--consensus"], 2,
+                           ["--length_penalty and --consensus", "name one"]),
     "no beam": (None, ["--beam_size", "0"], 2, ["--beam_size", "1 or more"]),
     "more captions than the beam": (None, ["--n_best", "6"], 2, ["--n_best <= --beam_size"]),
     "no length": (None, ["--max_len", "0"], 2, ["--max_len", "1 or more"]),

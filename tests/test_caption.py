@@ -1,7 +1,9 @@
 """Any picture gets its caption and a figure of where the model looked; no input is lost, and mistakes are named."""
 
 import html
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 from skimage.transform import pyramid_expand
@@ -21,6 +25,7 @@ from test_eval import Model
 
 import caption
 from caption import (
+    by_consensus,
     caption_image_beam_search,
     caption_images,
     caption_paths,
@@ -104,6 +109,60 @@ def test_n_best_begins_with_the_best(model, pictures, run):
         found = result["captions"]
         assert len({each["caption"] for each in found}) == len(found) == 4 and found[:1] == best["captions"]
         assert found == sorted(found, key=lambda each: (not each["finished"], -each["log_prob"]))
+
+
+def a_caption(words: list[int], log_prob: float, finished: bool = True) -> Hypothesis:
+    return Hypothesis([0, *words, *[1] * finished], log_prob, finished, None)
+
+
+@pytest.mark.parametrize("log_prob, expected", [(-1.6, [1, 2, 0]), (-1.8, [0, 1, 2])])
+def test_two_that_agree_outvote_a_more_probable_one(log_prob, expected):
+    """The pair has 2 + 1 n-grams in common, of 3 and 6: likeness 2/3. So 1 vote against exp(0.3 * log_prob) * 5/3."""
+    beam = [a_caption([2, 3], 0.0), a_caption([4, 5], log_prob), a_caption([4, 5, 6], log_prob)]
+    assert by_consensus(beam) == [beam[i] for i in expected]
+    unsure = [each._replace(log_prob=each.log_prob - 1000) for each in beam]  # of very long captions, say
+    assert by_consensus(unsure) == [unsure[i] for i in expected]
+    unfinished = [beam[0], beam[1], a_caption([4, 5, 6], log_prob, finished=False)]  # has no vote
+    assert by_consensus(unfinished) == unfinished
+
+
+def alike(one: list[int], other: list[int]) -> float:
+    """Each n-gram of one caption strikes an equal one from the other's list."""
+    shared = total = 0
+    for n in (1, 2, 3, 4):
+        mine = [one[i:i + n] for i in range(len(one) - n + 1)]
+        left = [other[i:i + n] for i in range(len(other) - n + 1)]
+        total += len(mine) + len(left)
+        for each in mine:
+            if each in left:
+                left.remove(each)
+                shared += 1
+    return 2 * shared / total if total else 0.0
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(2, 4), max_size=7), st.floats(-20, 0), st.booleans()), max_size=7))
+def test_consensus_word_by_word(drawn):
+    """Against the definition: likeness times probability ** 0.3, summed over the finished captions."""
+    support = {}
+    for i, (words, _, _) in enumerate(drawn):
+        support[i] = sum(alike(words, other) * math.exp(log_prob) ** 0.3 for other, log_prob, end in drawn if end)
+    beam = [a_caption(*each) for each in drawn]
+    places = [next(i for i, each in enumerate(beam) if each is one) for one in by_consensus(beam)]
+    assert sorted(places) == list(range(len(beam)))
+    for i, after in itertools.pairwise(places):
+        assert (beam[i].finished, support[i]) >= (beam[after].finished, support[after] - 1e-9)
+
+
+def test_consensus_of_the_whole_beam(model, pictures, run):
+    beams = caption_paths(model.captioner, pictures, 5, 8, 5)
+    ranked = [by_consensus(beam)[:2] for beam in beams]
+    assert any(best is not beam[0] for (best, _), beam in zip(ranked, beams, strict=True))
+    results = run("--img", *pictures, "--beam_size", 5, "--n_best", 2, "--consensus")
+    spoken = caption_images(model.captioner, pictures, 5, 8, n_best=2, consensus=True)
+    for hypotheses, result, captions in zip(ranked, results, spoken, strict=True):
+        sentences = [sentence(each, model) for each in hypotheses]
+        assert [each["caption"] for each in result["captions"]] == sentences
+        assert [" ".join(each.words) for each in captions] == sentences
 
 
 def test_captions_from_python(model, checkpoint, pictures, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import eval as evaluation
-from caption import Captioner
+from caption import Captioner, by_consensus, search
 from datasets import CaptionDataset, load_word_map, normalize, reverse, words_of
 from eval import bleu, brevity_penalty, generate_captions, interleave, measure, meteor, score, validate
 from models import DecoderWithAttention, Encoder
@@ -280,6 +280,20 @@ def test_each_picture_is_captioned_once_in_order(model, pictures):
     assert found == alone and len(found) == 7 and len({tuple(each) for each in found}) >= 4
     assert captions_of(model, pictures, batch_size=1) == found
     assert captions_of(model, pictures, batch_size=100, workers=1) == found
+
+
+def test_consensus_of_the_whole_beam(model, pictures, prepared, run, tmp_path):
+    found = captions_of(model, pictures, 5, consensus=True)
+    beams = search(model.captioner, torch.from_numpy(np.array(pictures.images[:])), 5, 8, n_best=5, with_alphas=False)
+    assert found == [by_consensus(beam)[0].sequence for beam in beams] != [beam[0].sequence for beam in beams]
+    rows = run("--checkpoint", model.save(tmp_path / "model.pth.tar"), "--beam_size", 5, "--max_len", 8, "--consensus",
+               "--out", tmp_path, "--gallery", tmp_path / "page.html")
+    said = [" ".join(words_of(each, reverse(model.words))) for each in found]
+    assert [each["caption"] for each in json.loads((tmp_path / "captions_TEST_beam5.json").read_text())] == said
+    page = (tmp_path / "page.html").read_text()
+    assert rows[0]["consensus"] and f"<h1>{prepared.name}, TEST, beam 5, consensus</h1>" in page
+    shown = [" ".join(re.findall("<button[^>]*>([^<]*)<", figure)) for figure in page.split("<figure")[1:]]
+    assert sorted(map(html.unescape, shown)) == sorted(said)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
