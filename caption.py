@@ -35,7 +35,7 @@ from torch import Tensor
 
 from datasets import all_unreadable, encode, read_image, read_word_map, reverse, words_of
 from drawing.page import PAGES, html_figure, write_page
-from drawing.panels import fit, write_gif
+from drawing.panels import enlarge, fit, write_gif
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models
 from utils import (
     InputError,
@@ -224,15 +224,6 @@ def visualize_att(image_path: str | Path, seq: Sequence[int], alphas: Any, rev_w
             axes.imshow(enlarge(alpha, size, smooth), alpha=0.8, cmap="Greys_r", extent=whole)
         axes.axis("off")
     return figure
-
-
-def enlarge(alpha: np.ndarray, size: int, smooth: bool) -> np.ndarray:
-    """Weights (n, n) to (size, size), by a Gaussian pyramid or pixel by pixel."""
-    from skimage.transform import pyramid_expand, resize
-    factor = size / alpha.shape[0]
-    if smooth:
-        return resize(pyramid_expand(alpha, upscale=factor, sigma=factor / 3), (size, size))
-    return resize(alpha, (size, size), order=0)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

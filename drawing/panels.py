@@ -29,6 +29,15 @@ def light(alpha: np.ndarray) -> Image.Image:
     return Image.fromarray((255 * (DARK + (1 - DARK) * alpha / alpha.max())).astype(np.uint8))
 
 
+def enlarge(alpha: np.ndarray, size: int, smooth: bool) -> np.ndarray:
+    """Weights (n, n) to (size, size), by a Gaussian pyramid or pixel by pixel."""
+    from skimage.transform import pyramid_expand, resize
+    factor = size / alpha.shape[0]
+    if smooth:
+        return resize(pyramid_expand(alpha, upscale=factor, sigma=factor / 3), (size, size))
+    return resize(alpha, (size, size), order=0)
+
+
 def panel(picture: Image.Image, words: Sequence[str], now: int | None = None, alpha: np.ndarray | None = None,
           smooth: bool = True) -> Image.Image:
     """A picture, lit where the model looks, over its caption: the word of now on a block of colour (large enough to

@@ -29,12 +29,12 @@ from caption import (
     caption_image_beam_search,
     caption_images,
     caption_paths,
-    enlarge,
     find_pictures,
     to_grid,
     visualize_att,
 )
 from datasets import load_word_map, reverse, words_of
+from drawing.panels import enlarge
 from models import Hypothesis
 from utils import InputError
 
