@@ -173,19 +173,18 @@ def by_consensus(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
 
     The most probable caption may be an odd one, while the others agree on something else. So each finished one votes
     for those that are like it, with its probability ** 0.3, as its plain probability would outvote all the others. Two
-    captions' likeness is the share of their n-grams, of 1 to 4 words, that they have in common. Unfinished ones come
-    last.
+    captions' likeness is the share of their words that they have in common. Unfinished ones come last.
     """
-    said = [each.sequence[1:len(each.sequence) - each.finished] for each in hypotheses]  # no <start>, no <end>
-    n_grams = [Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1)) for words in said]
+    said = [Counter(each.sequence[1:len(each.sequence) - each.finished]) for each in hypotheses]  # no <start>, no <end>
     highest = max((each.log_prob for each in hypotheses if each.finished), default=0.0)
     votes = [math.exp(0.3 * (each.log_prob - highest)) if each.finished else 0.0 for each in hypotheses]
 
-    def support(i: int) -> float:
-        return sum(vote * 2 * (n_grams[i] & other).total() / max(n_grams[i].total() + other.total(), 1)
-                   for other, vote in zip(n_grams, votes, strict=True))
+    def rank(i: int) -> tuple[bool, float]:
+        support = sum(vote * 2 * (said[i] & other).total() / max(said[i].total() + other.total(), 1)
+                      for other, vote in zip(said, votes, strict=True))
+        return not hypotheses[i].finished, -support
 
-    return [hypotheses[i] for i in sorted(range(len(said)), key=lambda i: (not hypotheses[i].finished, -support(i)))]
+    return [hypotheses[i] for i in sorted(range(len(said)), key=rank)]
 
 
 def to_grid(alphas: Tensor) -> Tensor:
