@@ -172,12 +172,12 @@ def by_consensus(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
     """A beam's captions, the one that is most like all of them first (minimum Bayes risk, Kumar and Byrne 2004).
 
     The most probable caption may be an odd one, while the others agree on something else. So each finished one votes
-    for those that are like it, with its probability ** 0.3, as its plain probability would outvote all the others. Two
+    for those that are like it, with the fourth root of its probability, which itself would outvote all the others. Two
     captions' likeness is the share of their words that they have in common. Unfinished ones come last.
     """
     said = [Counter(each.sequence[1:len(each.sequence) - each.finished]) for each in hypotheses]  # no <start>, no <end>
     highest = max((each.log_prob for each in hypotheses if each.finished), default=0.0)
-    votes = [math.exp(0.3 * (each.log_prob - highest)) if each.finished else 0.0 for each in hypotheses]
+    votes = [math.exp((each.log_prob - highest) / 4) if each.finished else 0.0 for each in hypotheses]
 
     def rank(i: int) -> tuple[bool, float]:
         support = sum(vote * 2 * (said[i] & other).total() / max(said[i].total() + other.total(), 1)

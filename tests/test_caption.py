@@ -115,9 +115,9 @@ def a_caption(words: list[int], log_prob: float, finished: bool = True) -> Hypot
     return Hypothesis([0, *words, *[1] * finished], log_prob, finished, None)
 
 
-@pytest.mark.parametrize("log_prob, expected", [(-1.9, [1, 2, 0]), (-2.0, [0, 1, 2])])
+@pytest.mark.parametrize("log_prob, expected", [(-2.3, [1, 2, 0]), (-2.4, [0, 1, 2])])
 def test_two_that_agree_outvote_a_more_probable_one(log_prob, expected):
-    """The pair has 2 words in common, of 2 and 3: likeness 4/5. So 1 vote against exp(0.3 * log_prob) * 9/5."""
+    """The pair has 2 words in common, of 2 and 3: likeness 4/5. So 1 vote against exp(log_prob / 4) * 9/5."""
     beam = [a_caption([2, 3], 0.0), a_caption([4, 5], log_prob), a_caption([4, 5, 6], log_prob)]
     assert by_consensus(beam) == [beam[i] for i in expected]
     unsure = [each._replace(log_prob=each.log_prob - 1000) for each in beam]  # of very long captions, say
@@ -138,10 +138,10 @@ def alike(one: list[int], other: list[int]) -> float:
 
 @given(st.lists(st.tuples(st.lists(st.integers(2, 4), max_size=7), st.floats(-20, 0), st.booleans()), max_size=7))
 def test_consensus_word_by_word(drawn):
-    """Against the definition: likeness times probability ** 0.3, summed over the finished captions."""
+    """Against the definition: likeness times the fourth root of probability, summed over the finished captions."""
     support = {}
     for i, (words, _, _) in enumerate(drawn):
-        support[i] = sum(alike(words, other) * math.exp(log_prob) ** 0.3 for other, log_prob, end in drawn if end)
+        support[i] = sum(alike(words, other) * math.exp(log_prob) ** 0.25 for other, log_prob, end in drawn if end)
     beam = [a_caption(*each) for each in drawn]
     places = [next(i for i, each in enumerate(beam) if each is one) for one in by_consensus(beam)]
     assert sorted(places) == list(range(len(beam)))
