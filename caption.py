@@ -21,7 +21,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,11 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("search").add_argument
     add("--beam_size", "-b", type=int, default=5, metavar="K", help="hypotheses of the beam search (default: 5)")
     add("--n_best", type=int, default=1, metavar="N", help="captions for each picture (default: 1)")
-    add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
-    add("--length_penalty", type=float, default=0.0, metavar="P",
-        help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
-    add("--consensus", action="store_true",
-        help="of the beam's captions the one that is most like the others; best with --beam_size 20")
+    add_choice(add)
     add = parser.add_argument_group("results").add_argument
     add("--out", metavar="PATH",
         help="where the model looked: an .html page, or a folder for .png files; for one picture a .png or .gif file")
@@ -84,6 +80,16 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_choice(add: Callable[..., Any]) -> None:
+    """The flags that caption.py and eval.py share: how captions are found and chosen."""
+    add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
+    add("--length_penalty", type=float, default=0.0, metavar="P",
+        help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
+    add("--consensus", action="store_true",
+        help="of the beam's captions the one that is most like the others; best with --beam_size 20")
+    add("--mirror", action="store_true", help="look at each picture's mirror image, too: a little better, and slower")
+
+
 class Captioner(NamedTuple):
     """A model that captions: what `load` returns."""
 
@@ -91,6 +97,7 @@ class Captioner(NamedTuple):
     decoder: DecoderWithAttention
     word_map: dict[str, int]
     precision: str
+    mirror: bool = False    # whether it looks at each picture's mirror image, too
 
 
 class Caption(NamedTuple):
@@ -103,7 +110,7 @@ class Caption(NamedTuple):
 
 
 def load(model: str | Path, word_map: str | Path | None = None, device: str | None = None,
-         precision: str | None = None) -> Captioner:
+         precision: str | None = None, mirror: bool = False) -> Captioner:
     """A checkpoint, ready to caption; arguments as the flags of the same names.
 
     Raises:
@@ -112,7 +119,7 @@ def load(model: str | Path, word_map: str | Path | None = None, device: str | No
     processes, precision = setup_processes(device, precision)
     checkpoint = load_checkpoint(model, read_word_map(word_map) if word_map else None)
     encoder, decoder = (each.to(processes.device) for each in build_models(checkpoint, model))
-    return Captioner(encoder, decoder, checkpoint["word_map"], precision)
+    return Captioner(encoder, decoder, checkpoint["word_map"], precision, mirror)
 
 
 def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image], beam_size: int = 5,
@@ -162,6 +169,8 @@ def search(model: Captioner, images: Tensor, beam_size: int, max_len: int = 51, 
     device = decoder.fc.weight.device
     with autocast(device, model.precision):
         features = encode(model.encoder, images, device)                        # (N, h, w, C)
+        if model.mirror:  # what is seen from left to right is the same from right to left, and turned back
+            features = (features + encode(model.encoder, images.flip(3), device).flip(2)) / 2
         found = decoder.beam_search(features, model.word_map, beam_size, max_len,
                                     n_best=beam_size if consensus else n_best, pooling=model.encoder.pooling(features),
                                     with_alphas=with_alphas, length_penalty=length_penalty)
@@ -306,7 +315,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     pictures = find_pictures(args.img)
     figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}
     page = any(path.suffix.lower() in PAGES for path in figures.values())
-    model = load(args.model or find_model(), args.word_map, args.device, args.precision)
+    model = load(args.model or find_model(), args.word_map, args.device, args.precision, args.mirror)
     gc.enable()
 
     results, shown, rev_word_map = [], [], reverse(model.word_map)

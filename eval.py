@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from caption import Captioner, caption_images, check_choice, search
+from caption import Captioner, add_choice, caption_images, check_choice, search
 from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, reverse, words_of
 from drawing.page import PAGES, html_figure, write_page
 from models import Hypothesis, build_models, doubly_stochastic
@@ -70,11 +70,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--split", choices=("TEST", "VAL", "TRAIN"), default="TEST", help="(default: TEST)")
     add = parser.add_argument_group("search").add_argument
     add("--beam_size", type=int, nargs="+", default=[1, 3, 5], metavar="K", help="one row each (default: 1 3 5)")
-    add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
-    add("--length_penalty", type=float, default=0.0, metavar="P",
-        help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
-    add("--consensus", action="store_true",
-        help="of the beam's captions the one that is most like the others; best with --beam_size 20")
+    add_choice(add)
     add = parser.add_argument_group("results").add_argument
     add("--json", nargs="?", const="-", metavar="FILE", help="scores as JSON, into a file or instead of the table")
     add("--out", metavar="DIR", help="writes the table (Markdown, JSON) and the captions in COCO's result format")
@@ -261,6 +257,7 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
                         [" ".join(words) for words in references[i]])
             for i, picture, best in zip(shown, pictures, found, strict=True)]
     chosen = f", length penalty {args.length_penalty:g}" if args.length_penalty else ", consensus" * args.consensus
+    chosen += ", mirrored" * args.mirror
     write_page(args.gallery, f"{args.data_name}, {args.split}, beam {args.beam_size[-1]}{chosen}", sections)
 
 
@@ -287,7 +284,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     own_words = read_word_map(args.word_map) if args.word_map else data_words
     checkpoint = broadcast(load_checkpoint(path, own_words) if first else None, processes)
     encoder, decoder = (each.to(processes.device) for each in build_models(checkpoint, path))
-    model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
+    model = Captioner(encoder, decoder, checkpoint["word_map"], precision, args.mirror)
     rev_word_map = reverse(model.word_map)
     references = dataset.references(data_words)
     if first and not shutil.which("java"):
@@ -305,7 +302,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         captions = [words_of(each.sequence, rev_word_map) for each in found]
         unfinished = sum(not each.finished for each in found) / len(found)
         rows.append({"beam": beam_size, "length penalty": args.length_penalty, "consensus": args.consensus,
-                     **score(references, captions), "unfinished": unfinished, "seconds": seconds,
+                     "mirror": args.mirror, **score(references, captions), "unfinished": unfinished, "seconds": seconds,
                      "images/s": len(found) / seconds})
         sentences = [" ".join(words) for words in captions]
         for warning in (warn_if_collapsed(sentences), warn_if_endless(unfinished, beam_size)):
