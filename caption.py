@@ -87,7 +87,8 @@ def add_choice(add: Callable[..., Any]) -> None:
         help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
     add("--consensus", action="store_true",
         help="of the beam's captions the one that is most like the others; best with --beam_size 20")
-    add("--mirror", action="store_true", help="look at each picture's mirror image, too: a little better, and slower")
+    add("--mirror", action="store_true",
+        help="look at each picture's mirror image, too: slower, a little better with --consensus")
 
 
 class Captioner(NamedTuple):
@@ -127,6 +128,8 @@ def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image],
                    length_penalty: float = 0.0, consensus: bool = False) -> list[list[Caption]]:
     """For each picture, a file or one that Pillow opened, its n best captions, the best first.
 
+    Arguments are as the flags of the same names; with `consensus` the length penalty has no effect.
+
     Raises:
         InputError: a picture cannot be read.
     """
@@ -164,7 +167,7 @@ def caption_paths(model: Captioner, paths: Sequence[str | Path | Image.Image], b
 @torch.inference_mode()
 def search(model: Captioner, images: Tensor, beam_size: int, max_len: int = 51, n_best: int = 1,
            length_penalty: float = 0.0, consensus: bool = False, with_alphas: bool = True) -> list[list[Hypothesis]]:
-    """The n best captions of each of the pictures, (N, 3, 256, 256) uint8; `beam_search` says what the rest means."""
+    """The n best captions of each of the pictures, (N, 3, 256, 256) uint8; see `beam_search` and `by_consensus`."""
     decoder = model.decoder.eval()
     device = decoder.fc.weight.device
     with autocast(device, model.precision):
@@ -181,8 +184,9 @@ def by_consensus(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
     """A beam's captions, the one that is most like all of them first (minimum Bayes risk, Kumar and Byrne 2004).
 
     The most probable caption may be an odd one, while the others agree on something else. So each finished one votes
-    for those that are like it, with the fourth root of its probability, which itself would outvote all the others. Two
-    captions' likeness is the share of their words that they have in common. Unfinished ones come last.
+    for all that are like it, itself included, with the fourth root of its probability, an exponent found by trial. Two
+    captions' likeness: the words that are in both, in any order, counted twice, divided by the words of both together.
+    An empty caption is like none. Unfinished ones come last, and have no vote.
     """
     said = [Counter(each.sequence[1:len(each.sequence) - each.finished]) for each in hypotheses]  # no <start>, no <end>
     highest = max((each.log_prob for each in hypotheses if each.finished), default=0.0)
