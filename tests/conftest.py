@@ -28,12 +28,15 @@ class Prepared(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory) -> Prepared:
+def prepared(tmp_path_factory) -> Iterator[Prepared]:
+    """A small data set, which all tests share and none changes."""
     folder = tmp_path_factory.mktemp("prepared")
     json_path = draw_data_set(folder / "shapes", train=16, val=6, test=7)
     pictures = folder / "shapes" / "images"
     name = create_input_files.create_input_files("shapes", json_path, pictures, 5, 0, folder / "data", 50, workers=2)
-    return Prepared(folder / "data", name, pictures, json_path)
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    yield Prepared(folder / "data", name, pictures, json_path)
+    assert files == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a GPU would see, on a feigned one: nothing is left on the CPU by mistake, and no step waits for the GPU."""
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def scripts(prepared: Prepared, folder: Path, device: str) -> tuple[list[dict[st
 @pytest.mark.filterwarnings("ignore:'pin_memory'")
 def test_the_scripts_do_on_a_gpu_what_they_do_on_a_cpu(prepared: Prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.shutil.which", lambda _: None)  # METEOR has nothing to do with it
+    own = Path(shutil.copytree(prepared.folder, tmp_path / "data"))  # where the features are kept
+    prepared = prepared._replace(folder=own)
     expected = scripts(prepared, tmp_path / "cpu", "cpu")
     with feigned_gpu() as seen:
         assert scripts(prepared, tmp_path / "gpu", "cuda:0") == expected
