@@ -93,9 +93,14 @@ def normalize(images: Tensor, device: torch.device) -> Tensor:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W), half of them mirrored, and of each a random part, 70 to 100 % of it, enlarged again."""
-    from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, RandomResizedCrop  # slow to import
-    change = Compose([RandomHorizontalFlip(), RandomResizedCrop(images.shape[-2:], scale=(0.7, 1), ratio=(0.9, 1.1))])
+    """Pictures (N, 3, H, W) uint8, changed at random so that no epoch sees the same.
+
+    Half of them are mirrored; of each a part, 50 to 100 % of it, is enlarged again; brightness and contrast change by
+    up to 30 %, saturation by up to 20 %, and hue not at all: captions name colours.
+    """
+    from torchvision.transforms.v2 import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop  # slow
+    change = Compose([RandomHorizontalFlip(), RandomResizedCrop(images.shape[-2:], scale=(0.5, 1), ratio=(0.9, 1.1)),
+                      ColorJitter(brightness=0.3, contrast=0.3, saturation=0.2)])
     return torch.stack([change(image) for image in images])
 
 

@@ -132,7 +132,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--schedule", choices=("plateau", "cosine"), default="plateau",
         help="learning rates fall where BLEU-4 stands still, or within 100 steps rise and then along half a "
         "cosine fall to 0 over a stage's epochs (default: plateau)")
-    add("--augment", action="store_true", help="in stage 2, mirror and crop the pictures at random")
+    add("--augment", action="store_true", help="in stage 2, mirror, crop and recolour the pictures at random")
     add("--seed", type=int, default=0, metavar="N",
         help="for first weights, order of captions and dropout (default: 0)")
     add = parser.add_argument_group("running").add_argument

@@ -185,18 +185,36 @@ def test_a_mistake_of_scale_is_measured():
         check_pixels(np.full_like(noise, 255), "here")
 
 
-def test_augmented_pictures_are_parts_of_themselves_half_of_them_mirrored():
+def test_augmented_pictures_are_parts_of_themselves_half_of_them_mirrored(monkeypatch):
+    monkeypatch.setattr("torchvision.transforms.v2.ColorJitter", lambda **_: torch.nn.Identity())
     across = torch.arange(64, dtype=torch.uint8).expand(400, 3, 64, 64)         # dark on the left, bright on the right
     changed = augment(across)
     assert (changed.shape, changed.dtype) == (across.shape, across.dtype)
     widths = (changed[:, 0, 32].amax(1) - changed[:, 0, 32].amin(1).int()).abs() + 1.0  # columns that are seen
-    assert 64 * 0.7 * 0.9 - 2 < widths.min() < 60 and widths.max() == 64
+    assert 64 * (0.5 / 1.1) ** 0.5 - 2 < widths.min() < 50 and widths.max() == 64
     mirrored = changed[:, 0, 32, 0] > changed[:, 0, 32, -1]
     assert 150 < int(mirrored.sum()) < 250
     torch.manual_seed(1)
     one = augment(across)
     torch.manual_seed(1)
     assert torch.equal(one, augment(across)) and not torch.equal(one, changed)
+
+
+def test_augmented_pictures_change_their_colours_a_little():
+    def spread(values: torch.Tensor) -> list[float]:
+        return [values.min().item(), values.max().item()]
+
+    grey = augment(torch.full((400, 3, 8, 8), 100, dtype=torch.uint8)).float()
+    assert torch.equal(grey, grey[:, :1, :1, :1].expand_as(grey))               # nothing else changes in these
+    assert spread(grey) == pytest.approx([70, 130], abs=3)
+    red = torch.tensor([150, 50, 50], dtype=torch.uint8)[:, None, None].expand(400, 3, 8, 8)
+    one = augment(red).float()[:, :, 0, 0]                                      # (400, 3)
+    away = (one[:, 0] - one[:, 1]) / one.mean(1)                                # 1.2 at first; contrast changes it, too
+    assert spread(away) == pytest.approx([0.8 * 0.7 * 1.2, 1.2 * 1.3 * 1.2], abs=0.2)
+    halves = torch.tensor([80, 120], dtype=torch.uint8).repeat_interleave(32).expand(400, 3, 64, 64)
+    seen = augment(halves).float()
+    highest, lowest = seen.amax((1, 2, 3)), seen.amin((1, 2, 3))
+    assert spread((highest - lowest) / (highest + lowest)) == pytest.approx([0.7 * 0.2, 1.3 * 0.2], abs=0.03)
 
 
 # ---- prepared folders ------------------------------------------------------------------------------------------------
