@@ -87,8 +87,6 @@ def add_choice(add: Callable[..., Any]) -> None:
         help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
     add("--consensus", action="store_true",
         help="of the beam's captions the one that is most like the others; best with --beam_size 20")
-    add("--mirror", action="store_true",
-        help="look at each picture's mirror image, too: slower, a little better with --consensus")
 
 
 class Captioner(NamedTuple):
@@ -98,7 +96,6 @@ class Captioner(NamedTuple):
     decoder: DecoderWithAttention
     word_map: dict[str, int]
     precision: str
-    mirror: bool = False    # whether it looks at each picture's mirror image, too
 
 
 class Caption(NamedTuple):
@@ -111,7 +108,7 @@ class Caption(NamedTuple):
 
 
 def load(model: str | Path, word_map: str | Path | None = None, device: str | None = None,
-         precision: str | None = None, mirror: bool = False) -> Captioner:
+         precision: str | None = None) -> Captioner:
     """A checkpoint, ready to caption; arguments as the flags of the same names.
 
     Raises:
@@ -120,7 +117,7 @@ def load(model: str | Path, word_map: str | Path | None = None, device: str | No
     processes, precision = setup_processes(device, precision)
     checkpoint = load_checkpoint(model, read_word_map(word_map) if word_map else None)
     encoder, decoder = (each.to(processes.device) for each in build_models(checkpoint, model))
-    return Captioner(encoder, decoder, checkpoint["word_map"], precision, mirror)
+    return Captioner(encoder, decoder, checkpoint["word_map"], precision)
 
 
 def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image], beam_size: int = 5,
@@ -172,8 +169,6 @@ def search(model: Captioner, images: Tensor, beam_size: int, max_len: int = 51, 
     device = decoder.fc.weight.device
     with autocast(device, model.precision):
         features = encode(model.encoder, images, device)                        # (N, h, w, C)
-        if model.mirror:  # what is seen from left to right is the same from right to left, and turned back
-            features = (features + encode(model.encoder, images.flip(3), device).flip(2)) / 2
         found = decoder.beam_search(features, model.word_map, beam_size, max_len,
                                     n_best=beam_size if consensus else n_best, pooling=model.encoder.pooling(features),
                                     with_alphas=with_alphas, length_penalty=length_penalty)
@@ -319,7 +314,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     pictures = find_pictures(args.img)
     figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}
     page = any(path.suffix.lower() in PAGES for path in figures.values())
-    model = load(args.model or find_model(), args.word_map, args.device, args.precision, args.mirror)
+    model = load(args.model or find_model(), args.word_map, args.device, args.precision)
     gc.enable()
 
     results, shown, rev_word_map = [], [], reverse(model.word_map)

@@ -257,7 +257,6 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
                         [" ".join(words) for words in references[i]])
             for i, picture, best in zip(shown, pictures, found, strict=True)]
     chosen = f", length penalty {args.length_penalty:g}" if args.length_penalty else ", consensus" * args.consensus
-    chosen += ", mirrored" * args.mirror
     write_page(args.gallery, f"{args.data_name}, {args.split}, beam {args.beam_size[-1]}{chosen}", sections)
 
 
@@ -284,7 +283,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     own_words = read_word_map(args.word_map) if args.word_map else data_words
     checkpoint = broadcast(load_checkpoint(path, own_words) if first else None, processes)
     encoder, decoder = (each.to(processes.device) for each in build_models(checkpoint, path))
-    model = Captioner(encoder, decoder, checkpoint["word_map"], precision, args.mirror)
+    model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
     rev_word_map = reverse(model.word_map)
     references = dataset.references(data_words)
     if first and not shutil.which("java"):
@@ -302,7 +301,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         captions = [words_of(each.sequence, rev_word_map) for each in found]
         unfinished = sum(not each.finished for each in found) / len(found)
         rows.append({"beam": beam_size, "length penalty": args.length_penalty, "consensus": args.consensus,
-                     "mirror": args.mirror, **score(references, captions), "unfinished": unfinished, "seconds": seconds,
+                     **score(references, captions), "unfinished": unfinished, "seconds": seconds,
                      "images/s": len(found) / seconds})
         sentences = [" ".join(words) for words in captions]
         for warning in (warn_if_collapsed(sentences), warn_if_endless(unfinished, beam_size)):

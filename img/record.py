@@ -76,7 +76,7 @@ def log_of(path: Path) -> list[dict[str, float]]:
 def record_photos(checkpoint: Path) -> None:
     log = checkpoint.name.replace("BEST_checkpoint_", "log_").replace(".pth.tar", ".jsonl")
     found = caption_images(load(checkpoint, precision="float32"), [photograph(name) for name in PHOTOGRAPHS],
-                           length_penalty=0.7)
+                           beam_size=20, consensus=True)
     content = {"log": log_of(checkpoint.with_name(log)),
                "photos": {name: {"words": best.words, "alphas": rounded(best.alphas)}
                           for name, (best, *_) in zip(PHOTOGRAPHS, found, strict=True)}}

@@ -19,7 +19,7 @@ from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from skimage.transform import pyramid_expand
 from test_eval import Model
 
@@ -33,7 +33,7 @@ from caption import (
     to_grid,
     visualize_att,
 )
-from datasets import load_word_map, normalize, read_image, reverse, words_of
+from datasets import load_word_map, reverse, words_of
 from drawing.panels import enlarge
 from models import Hypothesis
 from utils import InputError
@@ -159,28 +159,6 @@ def test_consensus_of_the_whole_beam(model, pictures, run):
         sentences = [sentence(each, model) for each in hypotheses]
         assert [each["caption"] for each in result["captions"]] == sentences
         assert [" ".join(each.words) for each in captions] == sentences
-
-
-def test_a_picture_and_its_mirror_image_are_the_same_to_it(model, checkpoint, pictures, run):
-    """With --mirror they get the same words, as probable, and its gaze is mirrored; without they do not."""
-    opened = [Image.open(path).convert("RGB") for path in pictures]
-    turned = [ImageOps.mirror(picture) for picture in opened]
-    plain = model.captioner
-    both = caption.load(checkpoint, device="cpu", mirror=True)
-    log_probs = [[best.log_prob for best, in caption_images(plain, each, 3, 8)] for each in (opened, turned)]
-    assert not np.allclose(*log_probs, rtol=1e-3)
-    found = [best for best, in caption_images(both, opened, 3, 8)]
-    for one, (other,) in zip(found, caption_images(both, turned, 3, 8), strict=True):
-        assert one.words == other.words and one.log_prob == pytest.approx(other.log_prob, rel=1e-4)
-        assert np.allclose(one.alphas, other.alphas[:, :, ::-1], atol=1e-4)
-    assert any(not np.allclose(each.alphas, each.alphas[:, :, ::-1], atol=1e-2) for each in found)
-    seen = [model.encoder(normalize(torch.from_numpy(np.stack([read_image(each) for each in images])), "cpu"))
-            for images in (opened, turned)]                                     # (N, 3, 3, C)
-    mean = (seen[0] + seen[1].flip(2)) / 2
-    searched = [best for best, in model.decoder.beam_search(mean, model.words, 3, 8)]
-    assert [each.log_prob for each in found] == pytest.approx([each.log_prob for each in searched], rel=1e-4)
-    results = run("--img", *pictures, "--mirror")
-    assert [each["captions"][0]["caption"] for each in results] == [" ".join(each.words) for each in found]
 
 
 def test_captions_from_python(model, checkpoint, pictures, tmp_path, monkeypatch):

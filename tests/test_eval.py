@@ -296,18 +296,6 @@ def test_consensus_of_the_whole_beam(model, pictures, prepared, run, tmp_path):
     assert sorted(map(html.unescape, shown)) == sorted(said)
 
 
-def test_mirror_images_are_looked_at_on_request(model, pictures, prepared, run, tmp_path):
-    mirrored = model.captioner._replace(mirror=True)
-    found = search(mirrored, torch.from_numpy(np.array(pictures.images[:])), 3, 8, with_alphas=False)
-    said = [" ".join(words_of(best.sequence, reverse(model.words))) for best, in found]
-    flags = "--checkpoint", model.save(tmp_path / "model.pth.tar"), "--beam_size", 3, "--max_len", 8, "--out", tmp_path
-    for more, looked in ((["--mirror", "--gallery", tmp_path / "page.html"], True), ([], False)):
-        rows = run(*flags, *more)
-        written = [each["caption"] for each in json.loads((tmp_path / "captions_TEST_beam3.json").read_text())]
-        assert rows[0]["mirror"] is looked is (written == said)
-    assert f"<h1>{prepared.name}, TEST, beam 3, mirrored</h1>" in (tmp_path / "page.html").read_text()
-
-
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_processes_share_the_pictures(world_size, model, pictures, monkeypatch):
     whole, shares = captions_of(model, pictures), []
