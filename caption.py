@@ -37,17 +37,10 @@ from datasets import all_unreadable, encode, read_image, read_word_map, reverse,
 from drawing.page import PAGES, html_figure, write_page
 from drawing.panels import enlarge, fit, write_gif
 from models import DecoderWithAttention, Encoder, Hypothesis, build_models
-from utils import (
-    InputError,
-    UsageError,
-    autocast,
-    load_checkpoint,
-    printable,
-    progress,
-    run_script,
-    setup_processes,
-    whole_file,
-)
+from safety.checkpoints import load_checkpoint
+from safety.errors import InputError, UsageError, printable, run_script
+from safety.files import atomic_write
+from utils import autocast, progress, setup_world
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,9 +107,9 @@ def load(model: str | Path, word_map: str | Path | None = None, device: str | No
     Raises:
         InputError: no such file, no checkpoint that can be read safely, or no such device.
     """
-    processes, precision = setup_processes(device, precision)
+    world, precision = setup_world(device, precision)
     checkpoint = load_checkpoint(model, read_word_map(word_map) if word_map else None)
-    encoder, decoder = (each.to(processes.device) for each in build_models(checkpoint, model))
+    encoder, decoder = (each.to(world.device) for each in build_models(checkpoint, model))
     return Captioner(encoder, decoder, checkpoint["word_map"], precision)
 
 
@@ -277,7 +270,7 @@ def figure_paths(out: str, pictures: Sequence[Path]) -> list[Path]:
 
 def draw(path: Path, figure_path: Path, hypothesis: Hypothesis, rev_word_map: dict[int, str], smooth: bool) -> None:
     """Where the model looked in a picture, as a .gif or a .png file."""
-    with whole_file(figure_path, "wb") as file:
+    with atomic_write(figure_path, "wb") as file:
         if figure_path.suffix.lower() == ".gif":
             write_gif(file, path, to_caption(hypothesis, rev_word_map), smooth)
         else:
@@ -345,7 +338,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.json == "-":
         print(text)
     elif args.json:
-        with whole_file(args.json) as file:
+        with atomic_write(args.json) as file:
             file.write(text + "\n")
     if unreadable:
         raise all_unreadable(unreadable)

@@ -29,18 +29,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from datasets import IMAGE_SIZE, all_unreadable, check_pixels, read_image, read_json
-from utils import (
-    SPECIAL_WORDS,
-    InputError,
-    UsageError,
-    hold,
-    ignore_signals,
-    progress,
-    reason,
-    run_script,
-    sweep,
-    writing,
-)
+from safety.checkpoints import SPECIAL_WORDS
+from safety.errors import InputError, UsageError, reason, run_script
+from safety.files import lock, naming_write_errors, remove_stale
+from safety.flags import integer
+from safety.signals import ignore_signals
+from utils import progress
 
 KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
@@ -57,15 +51,17 @@ def get_parser() -> argparse.ArgumentParser:
     add("--captions_csv", metavar="FILE", help="instead of a JSON: a table with columns image, caption and maybe split")
     add("--image_folder", metavar="DIR", help="where the pictures are (default: the folder of the captions' file)")
     add = parser.add_argument_group("what to keep").add_argument
-    add("--captions_per_image", type=int, default=5, metavar="N", help="captions sampled for each picture (default: 5)")
-    add("--min_word_freq", type=int, default=5, metavar="N",
+    add("--captions_per_image", type=integer(1), default=5, metavar="N",
+        help="captions sampled for each picture (default: 5)")
+    add("--min_word_freq", type=integer(0), default=5, metavar="N",
         help="words that occur N times or less become <unk> (default: 5)")
-    add("--max_len", type=int, default=50, metavar="WORDS", help="longer captions are left out (default: 50)")
+    add("--max_len", type=integer(1), default=50, metavar="WORDS",
+        help="longer captions are left out (default: 50)")
     add = parser.add_argument_group("running").add_argument
     add("--output_folder", default="data", metavar="DIR", help="where the files go (default: data)")
     add("--overwrite", action="store_true", help="replace files that were made from something else")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=int, default=cores, metavar="N", help="processes reading pictures (default: all cores)")
+    add("--workers", type=integer(1), default=cores, metavar="N", help="that read pictures (default: one a core)")
     return parser
 
 
@@ -96,7 +92,7 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
     folder = Path(output_folder)
     base = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
     digest = digest_of(source, Path(image_folder), pictures, captions_per_image, min_word_freq, max_len)
-    sweep(folder / base)
+    remove_stale(folder / base)
     ready = folder / f".{base}.{digest[:16]}.ready"  # all files of a run that was killed before they had their names
     if not ready.exists() and is_done(folder, base, digest, overwrite):
         print(f"{folder} holds these files already, made from the same pictures, captions and settings: nothing to do")
@@ -128,12 +124,12 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
 def temporary_folder(path: Path) -> Iterator[Path]:
     """A folder beside the path that is gone in the end, at the latest when the next run sweeps."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(folder):
+    with naming_write_errors(folder):
         folder.mkdir()
     descriptor = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
     try:
         if descriptor is not None:
-            hold(descriptor)
+            lock(descriptor)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -229,7 +225,7 @@ def check_paths(pictures: Sequence[Picture], image_folder: str | Path) -> None:
 
 
 def check_space(folder: Path, n_pictures: int) -> None:
-    with writing(folder):
+    with naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     needed, free = n_pictures * (3 * IMAGE_SIZE ** 2 + 4000), shutil.disk_usage(folder).free
     if needed > free:
@@ -285,7 +281,7 @@ def write_split(folder: Path, base: str, split: str, pictures: Sequence[Picture]
     write_json(folder / f"{split}_REFERENCES_{base}.json", [picture.references for picture in pictures])
 
     path = folder / f"{split}_IMAGES_{base}.hdf5"
-    with writing(path), h5py.File(path, "w") as file:
+    with naming_write_errors(path), h5py.File(path, "w") as file:
         file.attrs["captions_per_image"] = captions_per_image
         file.attrs["made_from"] = digest
         file["image_ids"] = np.array([picture.image_id for picture in pictures], dtype=np.int64)
@@ -336,7 +332,7 @@ def write_pictures(archive: Path, block: int,
 
 
 def write_json(path: Path, value: Any) -> None:
-    with writing(path):
+    with naming_write_errors(path):
         path.write_text(json.dumps(value), encoding="utf-8")  # five times as fast as json.dump
 
 
@@ -351,8 +347,6 @@ def print_summary(pictures: Sequence[Picture], word_freq: Counter[str], word_map
 
 
 def main(args: argparse.Namespace) -> str:
-    if args.captions_per_image < 1 or args.max_len < 1 or args.min_word_freq < 0 or args.workers < 1:
-        raise UsageError("--captions_per_image, --max_len and --workers are 1 or more, --min_word_freq 0 or more")
     if args.captions_csv and args.karpathy_json_path:
         raise UsageError("--captions_csv and --karpathy_json_path cannot be used together")
     if Path(args.dataset).name != args.dataset or (args.captions_csv and args.dataset == "coco"):

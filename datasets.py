@@ -21,14 +21,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import (
-    InputError,
-    Processes,
-    UsageError,
-    check_word_map,
-    ignore_signals,
-    reason,
-)
+from safety.checkpoints import check_word_map
+from safety.errors import InputError, UsageError, reason
+from safety.signals import ignore_signals
+from utils import World
 
 IMAGE_SIZE = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
@@ -330,11 +326,11 @@ class EpochSampler(Sampler[list[int]]):
             yield (batch[self.rank::self.world_size] if self.counts(step) else batch[:1]).tolist()
 
 
-def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, processes: Processes) -> DataLoader:
+def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, world: World) -> DataLoader:
     """Batches of pictures, each once, of this process's share: every world_size-th picture from the rank-th on."""
-    share = torch.utils.data.Subset(Pictures(dataset), range(processes.rank, dataset.n_images, processes.world_size))
+    share = torch.utils.data.Subset(Pictures(dataset), range(world.rank, dataset.n_images, world.size))
     return DataLoader(share, batch_size, num_workers=workers, worker_init_fn=ignore_signals,
-                      pin_memory=processes.device.type == "cuda")
+                      pin_memory=world.device.type == "cuda")
 
 
 def encode(encoder: nn.Module, pictures: Tensor, device: torch.device) -> Tensor:

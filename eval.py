@@ -36,22 +36,10 @@ from caption import Captioner, add_choice, caption_images, check_choice, search
 from datasets import CaptionDataset, encode, image_loader, load_word_map, read_word_map, reverse, words_of
 from drawing.page import PAGES, html_figure, write_page
 from models import Hypothesis, build_models, doubly_stochastic
-from utils import (
-    InputError,
-    Processes,
-    UsageError,
-    autocast,
-    broadcast,
-    gather,
-    load_checkpoint,
-    loader_workers,
-    printable,
-    progress,
-    run_script,
-    setup_processes,
-    unwritable,
-    whole_file,
-)
+from safety.checkpoints import load_checkpoint
+from safety.errors import InputError, UsageError, printable, run_script
+from safety.files import atomic_write, unwritable
+from utils import World, autocast, broadcast, gather, loader_workers, progress, setup_world
 
 SHOWN = 12  # of the gallery's best captions, and of its worst
 COLUMNS = ("beam", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "unfinished", "seconds",
@@ -84,20 +72,20 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def generate_captions(model: Captioner, dataset: CaptionDataset, beam_size: int, processes: Processes,
+def generate_captions(model: Captioner, dataset: CaptionDataset, beam_size: int, world: World,
                       batch_size: int = 32, workers: int = 0, max_len: int = 51,
                       length_penalty: float = 0.0, consensus: bool = False) -> list[Hypothesis]:
     """The best caption of each picture of the data set, in its order, on every process."""
     found: list[Hypothesis] = []
-    loader = image_loader(dataset, batch_size, workers, processes)
-    for images, *_ in progress(loader, f"beam {beam_size}", "batch", processes.rank == 0):
+    loader = image_loader(dataset, batch_size, workers, world)
+    for images, *_ in progress(loader, f"beam {beam_size}", "batch", world.rank == 0):
         best = search(model, images, beam_size, max_len, 1, length_penalty, consensus, with_alphas=False)
         found += [hypotheses[0] for hypotheses in best]
-    return interleave(gather(found, processes))
+    return interleave(gather(found, world))
 
 
 @torch.inference_mode()
-def validate(model: Captioner, dataset: CaptionDataset, processes: Processes, batch_size: int,
+def validate(model: Captioner, dataset: CaptionDataset, world: World, batch_size: int,
              workers: int = 0) -> tuple[list[float], float, list[list[str]]]:
     """What training asks after each epoch. Every picture is encoded once, for all its captions and for the search.
 
@@ -106,13 +94,13 @@ def validate(model: Captioner, dataset: CaptionDataset, processes: Processes, ba
         for each picture a caption generated freely (beam 1), as words.
     """
     encoder, decoder, word_map = model.encoder, model.decoder.eval(), model.word_map
-    sums = torch.zeros(5, dtype=torch.float64, device=processes.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     forced, generated, rev_word_map = [], [], reverse(word_map)
-    loader = image_loader(dataset, batch_size, workers, processes)
-    for images, captions, lengths in progress(loader, "validation", "batch", processes.rank == 0):
-        with autocast(processes.device, model.precision):
-            features = encode(encoder, images, processes.device)                                   # (N, h, w, C)
-            pooling, captions = encoder.pooling(features), captions.flatten(0, 1).to(processes.device)  # (N * 5, L)
+    loader = image_loader(dataset, batch_size, workers, world)
+    for images, captions, lengths in progress(loader, "validation", "batch", world.rank == 0):
+        with autocast(world.device, model.precision):
+            features = encode(encoder, images, world.device)                                   # (N, h, w, C)
+            pooling, captions = encoder.pooling(features), captions.flatten(0, 1).to(world.device)  # (N * 5, L)
             output = decoder.unroll(features, captions, lengths.view(-1, 1), pooling=pooling)
             best = decoder.beam_search(features, word_map, beam_size=1, pooling=pooling, with_alphas=False)
         sums += measure(*output)
@@ -122,9 +110,9 @@ def validate(model: Captioner, dataset: CaptionDataset, processes: Processes, ba
         said = [said[i] for i in order.argsort().tolist()]                      # as the pictures are, not by length
         forced += [said[i:i + dataset.cpi] for i in range(0, len(said), dataset.cpi)]
         generated += [words_of(hypotheses[0].sequence, rev_word_map) for hypotheses in best]
-    if processes.world_size > 1:
+    if world.size > 1:
         dist.all_reduce(sums)
-    forced, generated = interleave(gather(forced, processes)), interleave(gather(generated, processes))
+    forced, generated = interleave(gather(forced, world)), interleave(gather(generated, world))
     return sums.tolist(), forced_bleu(dataset, forced, word_map), generated
 
 
@@ -268,8 +256,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UsageError(f"--out {args.out} --json {args.json}: --out is a folder, --json a file")
     if args.gallery and Path(args.gallery).suffix.lower() not in PAGES:
         raise UsageError(f"--gallery {args.gallery}: a page is an .html file; name one")
-    processes, precision = setup_processes(args.device, args.precision)
-    first = processes.rank == 0
+    world, precision = setup_world(args.device, args.precision)
+    first = world.rank == 0
     files = [Path(each) for each in (args.json, args.gallery) if each not in (None, "-")]
     folders = [each.parent for each in files if each.is_file() or not each.exists()]
     for folder in [*folders, Path(args.out)] if args.out else folders:
@@ -281,8 +269,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise InputError(f"the split {args.split} of {args.data_name} holds no pictures; name another with --split")
     path = args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar"
     own_words = read_word_map(args.word_map) if args.word_map else data_words
-    checkpoint = broadcast(load_checkpoint(path, own_words) if first else None, processes)
-    encoder, decoder = (each.to(processes.device) for each in build_models(checkpoint, path))
+    checkpoint = broadcast(load_checkpoint(path, own_words) if first else None, world)
+    encoder, decoder = (each.to(world.device) for each in build_models(checkpoint, path))
     model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
     rev_word_map = reverse(model.word_map)
     references = dataset.references(data_words)
@@ -292,8 +280,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for beam_size in args.beam_size:
         started = time.perf_counter()
-        found = generate_captions(model, dataset, beam_size, processes, args.batch_size,
-                                  loader_workers(args.workers, processes.device), args.max_len, args.length_penalty,
+        found = generate_captions(model, dataset, beam_size, world, args.batch_size,
+                                  loader_workers(args.workers, world.device), args.max_len, args.length_penalty,
                                   args.consensus)
         seconds = time.perf_counter() - started
         if not first:
@@ -308,7 +296,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             if warning:
                 print(printable(warning), file=sys.stderr)
         if args.out:
-            with whole_file(Path(args.out) / f"captions_{args.split}_beam{beam_size}.json") as file:
+            with atomic_write(Path(args.out) / f"captions_{args.split}_beam{beam_size}.json") as file:
                 json.dump([{"image_id": image_id, "caption": caption} for image_id, caption
                            in zip(dataset.image_ids, sentences, strict=True)], file)
     if first:
@@ -322,11 +310,11 @@ def write_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     text = json.dumps(rows, indent=2)
     print(text if args.json == "-" else markdown(rows))  # first: what was computed is seen, whatever becomes of files
     if args.json not in (None, "-"):
-        with whole_file(args.json) as file:
+        with atomic_write(args.json) as file:
             file.write(text + "\n")
     if args.out:
         for suffix, content in ((".md", markdown(rows)), (".json", text)):
-            with whole_file(Path(args.out) / f"scores_{args.split}{suffix}") as file:
+            with atomic_write(Path(args.out) / f"scores_{args.split}{suffix}") as file:
                 file.write(content + "\n")
 
 

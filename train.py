@@ -42,6 +42,10 @@ from datasets import (
 from drawing.panels import draw_sheet
 from eval import bleu, measure, validate
 from models import DecoderWithAttention, Encoder, build_models
+from safety.checkpoints import save_checkpoint
+from safety.errors import InputError, UsageError, printable, reason, run_script
+from safety.files import atomic_write
+from safety.signals import SIGNALS, Stopped, handle_signals, ignore_signals
 from training.curves import draw_curves
 from training.features import keep_features
 from training.resume import (
@@ -57,27 +61,16 @@ from training.resume import (
     take_up,
 )
 from utils import (
-    SIGNALS,
-    InputError,
-    Processes,
-    Stopped,
-    UsageError,
+    World,
     adjust_learning_rate,
     autocast,
     broadcast_tensors,
     first_signal,
-    ignore_signals,
     load_embeddings,
     loader_workers,
-    printable,
     progress,
-    reason,
-    run_script,
-    save_checkpoint,
-    setup_processes,
-    signals_to,
+    setup_world,
     sum_gradients,
-    whole_file,
 )
 
 PATIENCE = 20                    # a stage ends after so many epochs without a better BLEU-4
@@ -150,9 +143,9 @@ class Run(NamedTuple):
     """What stays the same from beginning to end."""
 
     args: argparse.Namespace
-    processes: Processes
+    world: World
     precision: str
-    say: Callable[..., None]      # print, on the first process
+    say: Callable[..., None]      # print, on rank 0
     word_map: dict[str, int]
     train: CaptionDataset
     val: CaptionDataset
@@ -171,20 +164,20 @@ class Learner(NamedTuple):
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains, and returns the rows of the log."""
     check_arguments(args)
-    processes, precision = setup_processes(args.device, args.precision)
-    with own_place(args, processes):
-        return run_stages(args, processes, precision)
+    world, precision = setup_world(args.device, args.precision)
+    with own_place(args, world):
+        return run_stages(args, world, precision)
 
 
-def run_stages(args: argparse.Namespace, processes: Processes, precision: str) -> list[dict[str, Any]]:
+def run_stages(args: argparse.Namespace, world: World, precision: str) -> list[dict[str, Any]]:
     """The stages that the flags ask for, from the checkpoint on that they name; returns the rows of the log."""
-    args.workers = loader_workers(args.workers, processes.device)
+    args.workers = loader_workers(args.workers, world.device)
     word_map = load_word_map(args.data_folder, args.data_name)
     train, val = (CaptionDataset(args.data_folder, args.data_name, split) for split in ("TRAIN", "VAL"))
     if not (len(train) and len(val)):
         raise InputError(f"{args.data_folder}: the splits TRAIN and VAL need pictures, and one of them has none")
     check_pixels(train.images, str(train.path))
-    run = Run(args, processes, precision, print if processes.rank == 0 else lambda *_: None, word_map, train, val,
+    run = Run(args, world, precision, print if world.rank == 0 else lambda *_: None, word_map, train, val,
               val.references(word_map))
 
     start = first_checkpoint(run)
@@ -194,7 +187,7 @@ def run_stages(args: argparse.Namespace, processes: Processes, precision: str) -
         if stage < begun:
             continue
         if stage == 2 and args.stage == "both" and begun < 2:
-            start = read_checkpoint(output_path(args, "BEST_checkpoint_"), word_map, processes)
+            start = read_checkpoint(output_path(args, "BEST_checkpoint_"), word_map, world)
             # With the epochs after the best one; and its own score, should it be another checkpoint in its place.
             start["training"] |= {"log": rows, "best_bleu4": start["scores"].get("bleu4", -1.0)}
         rows = run_stage(stage, start, run)
@@ -228,11 +221,11 @@ def first_checkpoint(run: Run) -> dict[str, Any] | None:
     """The checkpoint to go on from, if one is named. Says which flags are not those that it was made with."""
     if run.args.checkpoint is None:
         return None
-    start = read_checkpoint(run.args.checkpoint, run.word_map, run.processes)
+    start = read_checkpoint(run.args.checkpoint, run.word_map, run.world)
     check_model(start, run.args, get_parser().get_default)
     best = output_path(run.args, "BEST_checkpoint_")
     if start["training"]:
-        for line in take_up(start, run.args, run.processes):
+        for line in take_up(start, run.args, run.world):
             run.say(line)
     elif best.exists():  # and the first epoch, whatever it scores, would replace it
         raise InputError(f"{best} would be overwritten, as {run.args.checkpoint} tells no score to beat; name another "
@@ -242,21 +235,21 @@ def first_checkpoint(run: Run) -> dict[str, Any] | None:
 
 def run_stage(stage: int, start: dict[str, Any] | None, run: Run) -> list[dict[str, Any]]:
     """Epochs of training and validation until there is no more progress; returns the rows of the log."""
-    args, processes = run.args, run.processes
+    args, world = run.args, run.world
     epochs, batch_size = of_stage(args.epochs, stage), of_stage(args.batch_size, stage)
     learner = make_learner(stage, start, run)
     state = stage_state(stage, start)
     for dataset in (run.train, run.val):
         dataset.features = None
         if args.cache_features and stage == 1:
-            keep_features(dataset, learner.encoder, processes.device, run.precision, args.workers, processes.rank == 0)
+            keep_features(dataset, learner.encoder, world.device, run.precision, args.workers, world.rank == 0)
     items, at_once = (Pictures(run.train), run.train.cpi) if args.whole_images else (run.train, 1)
-    sampler = EpochSampler(len(items), max(1, batch_size // at_once), 2 * args.seed + stage, processes.rank,
-                           processes.world_size)
+    sampler = EpochSampler(len(items), max(1, batch_size // at_once), 2 * args.seed + stage, world.rank,
+                           world.size)
     loader = DataLoader(items, batch_sampler=sampler, num_workers=args.workers,
-                        worker_init_fn=ignore_signals, pin_memory=processes.device.type == "cuda")
+                        worker_init_fn=ignore_signals, pin_memory=world.device.type == "cuda")
     run.say(f"stage {stage} ({'encoder too' if stage == 2 else 'decoder only'}): {len(run.train)} captions in "
-            f"{sampler.steps} batches, {processes.world_size} x {processes.device} in {run.precision}; begins at epoch "
+            f"{sampler.steps} batches, {world.size} x {world.device} in {run.precision}; begins at epoch "
             f"{state['epoch'] + 1}, batch {state['step'] + 1}; best BLEU-4 so far "
             f"{max(state['best_bleu4'], 0):.2f}, {state['epochs_since_improvement']} epochs without a better one")
 
@@ -292,15 +285,15 @@ def learning_rates(args: dict[str, Any], stage: int) -> dict[str, float]:
 
 def make_learner(stage: int, start: dict[str, Any] | None, run: Run) -> Learner:
     """Models and optimizers, new ones or those of a checkpoint; the same on every process."""
-    args, processes = run.args, run.processes
+    args, world = run.args, run.world
     torch.manual_seed(args.seed)
     weights = start or new_models(run)
     arguments = {**weights["model"], "dropout": args.dropout}
     encoder, decoder = build_models({**weights, "model": arguments}, args.checkpoint or f"--encoder {args.encoder}")
     encoder.fine_tune(stage == 2)
     decoder.fine_tune_embeddings(not args.freeze_embeddings)
-    encoder, decoder = encoder.to(processes.device), decoder.to(processes.device)
-    broadcast_tensors([*encoder.state_dict().values(), *decoder.state_dict().values()], processes)
+    encoder, decoder = encoder.to(world.device), decoder.to(world.device)
+    broadcast_tensors([*encoder.state_dict().values(), *decoder.state_dict().values()], world)
     rates = learning_rates(vars(args), stage)
     learning: dict[str, torch.nn.Module] = {"decoder": decoder} | ({"encoder": encoder} if stage == 2 else {})
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -319,7 +312,7 @@ def new_models(run: Run) -> dict[str, Any]:
     """An encoder with pretrained weights and a decoder with random ones, as a checkpoint holds them."""
     args = run.args
     weights: Any = args.encoder_weights
-    if weights == "none" or run.processes.rank > 0:  # the first process's weights go to the others
+    if weights == "none" or run.world.rank > 0:  # rank 0's weights go to the others
         weights = None
     elif Path(weights).is_file():
         try:
@@ -357,13 +350,13 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
     unseen: list[Tensor] = []  # each batch's own, not yet added
     saved = ready = time.monotonic()
     resumed, began, waited = ready, ready - state["seconds"], 0.0
-    bar = progress(None, f"stage {stage}, epoch {epoch + 1}", "batch", run.processes.rank == 0, total=sampler.steps,
+    bar = progress(None, f"stage {stage}, epoch {epoch + 1}", "batch", run.world.rank == 0, total=sampler.steps,
                    initial=sampler.first_step)
-    with signals_to(lambda _: None), bar:  # they wait for the end of a step
+    with handle_signals(lambda _: None), bar:  # they wait for the end of a step
         for step, batch in enumerate(loader, sampler.first_step):
             waited += time.monotonic() - ready
             # Seeded by its place, a step draws the same dropout whether or not the run was interrupted before it.
-            torch.manual_seed(zlib.crc32(repr((args.seed, stage, epoch, step, run.processes.rank)).encode()))
+            torch.manual_seed(zlib.crc32(repr((args.seed, stage, epoch, step, run.world.rank)).encode()))
             if args.schedule == "cosine":
                 share = cosine(epoch * sampler.steps + step, epochs * sampler.steps)
                 for name, optimizer in learner.optimizers.items():
@@ -371,7 +364,7 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
             unseen.append(train_step(run, learner, batch, sampling, sampler.counts(step)))
             bar.update()
             ready = time.monotonic()
-            stopped = first_signal(run.processes)
+            stopped = first_signal(run.world)
             last = step + 1 == sampler.steps  # validation takes a while, too
             due = stopped or last or ready - saved > 60 * args.checkpoint_minutes
             if due or step % args.print_freq == 0:
@@ -386,7 +379,7 @@ def train_epoch(run: Run, learner: Learner, loader: DataLoader, sampler: EpochSa
                 save(run, learner, {**state, "step": step + 1, "sums": sums, "seconds": seconds})
                 saved = time.monotonic()
             if stopped:
-                first_signal(run.processes)  # waits until the first process has saved
+                first_signal(run.world)  # waits until rank 0 has saved
                 raise Stopped(stopped)
     if SIGNALS:
         raise Stopped(SIGNALS[0])
@@ -404,7 +397,7 @@ def cosine(step: int, steps: int) -> float:
 def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: float, counts: bool) -> Tensor:
     """One step of gradient descent; returns the batch's sums over all processes, as `measure` orders them."""
     pictures, captions, lengths = batch                                         # captions (N, L) or (N / 5, 5, L)
-    device, args = run.processes.device, run.args
+    device, args = run.world.device, run.args
     if args.augment and "encoder" in learner.optimizers:
         pictures = augment(pictures.to(device, non_blocking=True))
     captions = captions.flatten(0, -2).to(device, non_blocking=True)            # (N, L)
@@ -414,7 +407,7 @@ def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: 
                                                learner.encoder.pooling(features)),
                        label_smoothing=args.label_smoothing) * counts
     totals = sums.detach().double()
-    if run.processes.world_size > 1:
+    if run.world.size > 1:
         dist.all_reduce(totals)
     # Divided by what all processes hold, the processes' losses add up to the loss of the whole batch.
     loss = sums[0] / totals[3] + args.alpha_c * sums[1] / totals[4]
@@ -424,7 +417,7 @@ def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: 
     for optimizer in learner.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if run.processes.world_size > 1:
+    if run.world.size > 1:
         sum_gradients(parameters)
     torch.nn.utils.clip_grad_value_(parameters, args.grad_clip)
     for optimizer in learner.optimizers.values():
@@ -434,7 +427,7 @@ def train_step(run: Run, learner: Learner, batch: tuple[Tensor, ...], sampling: 
 
 def validate_epoch(run: Run, learner: Learner, batch_size: int) -> dict[str, Any]:
     """The second half of the log's row, with three captions to look at on the way."""
-    sums, forced_bleu4, captions = validate(captioner(run, learner), run.val, run.processes,
+    sums, forced_bleu4, captions = validate(captioner(run, learner), run.val, run.world,
                                             max(1, batch_size // run.val.cpi), run.args.workers)
     for i in looked_at(run):
         run.say(printable(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})"))
@@ -463,7 +456,7 @@ def loss_of(sums: list[float], alpha_c: float, where: str = "") -> float:
 
 def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = False) -> None:
     """Checkpoint, log and curves. The checkpoint last: a run killed before repeats the epoch, and writes all again."""
-    if run.processes.rank > 0:
+    if run.world.rank > 0:
         return
     models = {"encoder": learner.encoder.state_dict(), "decoder": learner.decoder.state_dict()}
     if not all(bool(each.isfinite().all()) for weights in models.values() for each in weights.values()):
@@ -473,11 +466,11 @@ def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = Fal
     optimizers = {name: optimizer.state_dict() for name, optimizer in learner.optimizers.items()}
     checkpoint = {**models, "word_map": run.word_map, "model": learner.arguments, "preprocessing": PREPROCESSING,
                   "scores": scores, "training": {**state, "optimizers": optimizers, "args": vars(run.args),
-                                                 "launch": launch(), "world_size": run.processes.world_size}}
+                                                 "launch": launch(), "world_size": run.world.size}}
     if improved:
         save_checkpoint(output_path(run.args, "BEST_checkpoint_"), checkpoint)
     if scores:  # an epoch is over
-        with whole_file(output_path(run.args, "log_", ".jsonl")) as file:
+        with atomic_write(output_path(run.args, "log_", ".jsonl")) as file:
             file.writelines(json.dumps(row) + "\n" for row in state["log"])
         draw_curves(state["log"], output_path(run.args, "curves_", ".png"))
     save_checkpoint(output_path(run.args, "checkpoint_"), checkpoint)
@@ -485,11 +478,11 @@ def save(run: Run, learner: Learner, state: dict[str, Any], improved: bool = Fal
 
 def draw_gaze(run: Run, learner: Learner, title: str) -> None:
     """Where the model looks in three pictures, over the last epoch's, so that one can watch the gaze sharpen."""
-    if run.processes.rank > 0:
+    if run.world.rank > 0:
         return
     pictures = [Image.fromarray(run.val.images[i].transpose(1, 2, 0)) for i in looked_at(run)]
     found = caption_images(captioner(run, learner), pictures, 1)
-    with whole_file(output_path(run.args, "gaze_", ".png"), "wb") as file:
+    with atomic_write(output_path(run.args, "gaze_", ".png"), "wb") as file:
         draw_sheet(pictures, [best for best, *_ in found], title).save(file, "PNG")
 
 

@@ -34,7 +34,7 @@ from datasets import CaptionDataset, EpochSampler, Pictures, encode, load_word_m
 from eval import generate_captions
 from models import Hypothesis
 from training.features import keep_features
-from utils import autocast, loader_workers, setup_processes
+from utils import autocast, loader_workers, setup_world
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -47,10 +47,10 @@ def make_run(setting: Setting, precision: str, **arguments: object) -> train.Run
              "encoder": setting.encoder, "encoder_weights": "none", "emb_dim": setting.width,
              "attention_dim": setting.width, "decoder_dim": setting.width, **arguments}
     args = train.get_parser().parse_args([*(f"--{name}={value}" for name, value in flags.items()), "--whole_images"])
-    processes, precision = setup_processes(setting.device, precision)
-    args.workers = loader_workers(args.workers, processes.device)
+    world, precision = setup_world(setting.device, precision)
+    args.workers = loader_workers(args.workers, world.device)
     dataset = CaptionDataset(setting.data, NAME, "TRAIN")
-    return train.Run(args, processes, precision, lambda *_: None, load_word_map(setting.data, NAME), dataset, dataset,
+    return train.Run(args, world, precision, lambda *_: None, load_word_map(setting.data, NAME), dataset, dataset,
                      [])
 
 
@@ -77,11 +77,11 @@ def load_batches(setting: Setting, run: train.Run, learner: train.Learner, stage
                  features_kept: bool = False) -> DataLoader:
     """Batches of an epoch, as train.run_stage makes them; the features, if they are kept, are computed first."""
     if features_kept:
-        keep_features(run.train, learner.encoder, run.processes.device, run.precision, run.args.workers, False)
+        keep_features(run.train, learner.encoder, run.world.device, run.precision, run.args.workers, False)
     pictures = Pictures(run.train)
     sampler = EpochSampler(len(pictures), max(1, setting.batch_size[stage - 1] // CAPTIONS_PER_IMAGE), 0)
     return DataLoader(pictures, batch_sampler=sampler, num_workers=run.args.workers,
-                      pin_memory=run.processes.device.type == "cuda")
+                      pin_memory=run.world.device.type == "cuda")
 
 
 def steps(setting: Setting, stage: int, features_kept: bool = False) -> Iterator[int]:
@@ -115,7 +115,7 @@ def training_proof(setting: Setting, stage: int, dtype: str = "float32",
         pooling = learner.encoder.pooling  # makes a matrix of float32 whatever the features are
         learner.encoder.pooling = lambda grid: pooling(grid).double()
     if features_kept:
-        keep_features(run.train, learner.encoder, run.processes.device, "float32", 0, False)
+        keep_features(run.train, learner.encoder, run.world.device, "float32", 0, False)
     pictures = Pictures(run.train)
     items = [pictures[i] for i in range(setting.proof_pictures)]
     batch = tuple(torch.stack(each) for each in zip(*items, strict=True))
@@ -171,7 +171,7 @@ def search(setting: Setting, precision: str, pictures: int | None = None) -> tup
         dataset.captions, dataset.n_images = dataset.captions[:CAPTIONS_PER_IMAGE * pictures], pictures
     began = now(setting.device)
     with quiet():
-        found = generate_captions(train.captioner(run, learner), dataset, BEAM_SIZE, run.processes, SEARCH_BATCH,
+        found = generate_captions(train.captioner(run, learner), dataset, BEAM_SIZE, run.world, SEARCH_BATCH,
                                   run.args.workers)
     return found, now(setting.device) - began
 

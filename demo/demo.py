@@ -29,7 +29,7 @@ from datasets import CaptionDataset, reverse, words_of  # noqa: E402
 from demo.shapes import draw_data_set, shape_of  # noqa: E402
 from eval import bleu  # noqa: E402
 from models import Hypothesis  # noqa: E402
-from utils import InputError, run_script  # noqa: E402
+from safety.errors import InputError, run_script  # noqa: E402
 
 NAME = "shapes_5_cap_per_img_0_min_word_freq"
 # A small model for a small language, and higher learning rates than the defaults, to be done in minutes.

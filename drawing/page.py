@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from drawing.panels import fit, light
-from utils import whole_file
+from safety.files import atomic_write
 
 if TYPE_CHECKING:
     from caption import Caption
@@ -67,5 +67,5 @@ def write_page(path: str | Path, title: str, sections: Mapping[str, Sequence[str
             for line in (f"<h2>{escape(heading)}</h2>" if heading else "", "<section>", *figures, "</section>")]
     page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title), body="\n".join(body), rendering="auto" if smooth else "pixelated")
-    with whole_file(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         file.write(page.encode("utf-8", "replace"))  # a file's name may hold what is no letter

@@ -32,8 +32,9 @@ if __name__ == "__main__":
 
 from demo.shapes import draw_scene, five_captions  # noqa: E402
 from drawing.panels import fit, panel  # noqa: E402
+from safety.errors import run_script  # noqa: E402
+from safety.files import atomic_write  # noqa: E402
 from training.curves import draw_curves  # noqa: E402
-from utils import run_script, whole_file  # noqa: E402
 
 RECORD, PHOTOS = REPOSITORY / "img" / "demo.json", REPOSITORY / "img" / "photos.json"
 PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg")  # that scikit-image brings
@@ -348,14 +349,14 @@ def main(args: argparse.Namespace) -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     photos = json.loads(PHOTOS.read_text(encoding="utf-8"))
     draw_curves(photos["log"], args.out / "curves.png")
-    with whole_file(args.out / "attention.png", "wb") as file:
+    with atomic_write(args.out / "attention.png", "wb") as file:
         gazes(Image.fromarray(scene(LEAD)[0]), record["lead"], 170, 136).quantize(256).save(file, "PNG", optimize=True)
-    with whole_file(args.out / "photos.jpg", "wb") as file:
+    with atomic_write(args.out / "photos.jpg", "wb") as file:
         draw_photos(photos["photos"]).save(file, "JPEG", quality=66)
     for name, draw in DRAWINGS.items():
         drawn = io.BytesIO()
         draw(record).savefig(drawn, format="png", dpi=args.dpi)
-        with Image.open(drawn) as image, whole_file(args.out / f"{name}.png", "wb") as file:
+        with Image.open(drawn) as image, atomic_write(args.out / f"{name}.png", "wb") as file:
             image.convert("RGB").quantize(128).save(file, "PNG", optimize=True)  # flat colours: a third of the bytes
 
 

@@ -22,7 +22,9 @@ from datasets import encode, read_image, reverse, words_of  # noqa: E402
 from demo.demo import NAME  # noqa: E402
 from img.draw import LEAD, PHOTOGRAPHS, PHOTOS, RECORD, SCENE, photograph  # noqa: E402
 from models import DecoderWithAttention, build_models  # noqa: E402
-from utils import InputError, load_checkpoint, run_script, whole_file  # noqa: E402
+from safety.checkpoints import load_checkpoint  # noqa: E402
+from safety.errors import InputError, run_script  # noqa: E402
+from safety.files import atomic_write  # noqa: E402
 
 BEAM_SIZE = 3
 
@@ -80,7 +82,7 @@ def record_photos(checkpoint: Path) -> None:
     content = {"log": log_of(checkpoint.with_name(log)),
                "photos": {name: {"words": best.words, "alphas": rounded(best.alphas)}
                           for name, (best, *_) in zip(PHOTOGRAPHS, found, strict=True)}}
-    with whole_file(PHOTOS) as file:
+    with atomic_write(PHOTOS) as file:
         file.write(json.dumps(content) + "\n")
 
 
@@ -110,7 +112,7 @@ def record_demo(folder: Path) -> None:
                "alphas": rounded(to_grid(best.alphas)[1:].numpy()),
                "lead": {"words": lead.words, "alphas": rounded(lead.alphas)},
                "tree": [[(place, word, round(total, 2), fate) for place, word, total, fate in level] for level in tree]}
-    with whole_file(RECORD) as file:
+    with atomic_write(RECORD) as file:
         file.write(json.dumps(content) + "\n")
 
 

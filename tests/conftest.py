@@ -13,7 +13,7 @@ import torch
 
 import create_input_files
 from demo.shapes import draw_data_set
-from utils import InputError, run_script
+from safety.errors import InputError, run_script
 
 torch.set_num_threads(1)  # at these sizes threads only wait for each other
 

@@ -20,10 +20,10 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from test_checkpoints import WORDS, tiny_old, write_old  # noqa: E402
 
-import utils  # noqa: E402
-from legacy import old_checkpoints  # noqa: E402
+from safety import checkpoints, old_checkpoints  # noqa: E402
+from safety.errors import InputError  # noqa: E402
 
-for place in (utils, old_checkpoints, old_checkpoints.OldUnpickler, pickle._Unpickler,
+for place in (checkpoints, old_checkpoints, old_checkpoints.OldUnpickler, pickle._Unpickler,
               torch._weights_only_unpickler.Unpickler, zipfile.ZipFile):
     for function in list(vars(place).values()):
         if isinstance(function, types.FunctionType):
@@ -61,8 +61,8 @@ def one(data: bytes) -> None:
     FILE.write_bytes(in_a_zip(data[1:]) if data[:1] == b"z" else data[1:])
     watching = True
     try:
-        utils.load_checkpoint(FILE, WORDS)
-    except utils.InputError as error:
+        checkpoints.load_checkpoint(FILE, WORDS)
+    except InputError as error:
         assert str(error).startswith(str(FILE)) and "\n" not in str(error)
     finally:
         watching = False

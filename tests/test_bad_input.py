@@ -31,7 +31,7 @@ import create_input_files
 import eval as evaluation
 import train
 from datasets import CaptionDataset, read_image
-from utils import save_checkpoint
+from safety.checkpoints import save_checkpoint
 
 Break = Callable[[Path], Any]
 Case = tuple[Break | None, list[str], int, list[str]]
@@ -407,8 +407,9 @@ CREATE: dict[str, Case] = {
     "no captions": (None, ["--captions_per_image", "0"], 2, ["--captions_per_image", "1 or more"]),
     "two sources": (None, TABLE, 2, ["--captions_csv and --karpathy_json_path"]),
     "a path for a name": (None, ["--dataset", "../x"], 2, ["--dataset is a name"]),
-    "a frequency below nothing": (None, ["--min_word_freq", "-1"], 2, ["--min_word_freq 0 or more"]),
-    "workers in words": (None, ["--workers", "all"], 2, ["--workers", "'all'"]),
+    "a frequency below nothing": (None, ["--min_word_freq", "-1"], 2,
+                                  ["--min_word_freq: -1: a whole number of 0 or more"]),
+    "workers in words": (None, ["--workers", "all"], 2, ["--workers: all: a whole number of 1 or more"]),
 }
 
 

@@ -36,7 +36,7 @@ from caption import (
 from datasets import load_word_map, reverse, words_of
 from drawing.panels import enlarge
 from models import Hypothesis
-from utils import InputError
+from safety.errors import InputError
 
 REPOSITORY = Path(caption.__file__).parent
 

@@ -21,9 +21,10 @@ from PIL import Image
 from torch import nn
 
 import caption
-from legacy import old_checkpoints
 from models import DecoderWithAttention, Encoder, build_models
-from utils import InputError, load_checkpoint, save_checkpoint
+from safety import old_checkpoints
+from safety.checkpoints import load_checkpoint, save_checkpoint
+from safety.errors import InputError
 
 WORDS = {word: index for index, word in enumerate(("<pad>", *"abcdefg", "<unk>", "<start>", "<end>"))}
 CAPTIONS = torch.tensor([[9, 1, 2, 10], [9, 3, 10, 0]]), torch.tensor([[4], [3]])

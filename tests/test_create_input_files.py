@@ -19,7 +19,7 @@ from PIL import Image
 import create_input_files
 from create_input_files import from_csv, get_parser, main
 from datasets import CaptionDataset, load_word_map
-from utils import InputError
+from safety.errors import InputError
 
 SPLITS = ("TRAIN", "VAL", "TEST")
 
@@ -507,9 +507,17 @@ def test_flags_default_to_the_tutorials_values():
     assert (args.dataset, args.captions_per_image, args.min_word_freq, args.max_len) == ("coco", 5, 5, 50)
 
 
+@pytest.mark.parametrize("flag, value, part", [
+    ("--captions_per_image", "0", "1 or more"), ("--max_len", "0", "1 or more"), ("--workers", "0", "1 or more"),
+    ("--min_word_freq", "-1", "0 or more")])
+def test_numbers_have_a_range(flag, value, part, capsys):
+    with pytest.raises(SystemExit) as stop:
+        get_parser().parse_args([flag, value])
+    assert stop.value.code == 2 and f"argument {flag}: {value}: a whole number of {part}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, part", [
-    (["--captions_per_image", "0"], "1 or more"), (["--max_len", "0"], "1 or more"), (["--workers", "0"], "1 or more"),
-    (["--min_word_freq", "-1"], "0 or more"), (["--captions_csv", "set.json"], "cannot be used together"),
+    (["--captions_csv", "set.json"], "cannot be used together"),
     (["--karpathy_json_path", "nowhere.json"], "nowhere.json: no such file"), (["--dataset", "my/set"], "--dataset")])
 def test_wrong_flags_are_told_in_one_line(tmp_path, monkeypatch, flags, part):
     monkeypatch.chdir(tmp_path)

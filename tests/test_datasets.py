@@ -36,9 +36,10 @@ from datasets import (
     words_of,
 )
 from models import Encoder
+from safety.errors import InputError
 from training import features as features_module
 from training.features import Features, keep_features
-from utils import InputError, Processes, autocast
+from utils import World, autocast
 
 BASE = "old_2_cap_per_img_0_min_word_freq"
 CPU = torch.device("cpu")
@@ -383,7 +384,7 @@ def test_pickling_drops_the_open_file(old, chunked):
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_image_loader_deals_each_picture_once(prepared, world_size):
     dataset = CaptionDataset(prepared.folder, prepared.name, "TEST")
-    dealt = [torch.cat([batch[0] for batch in image_loader(dataset, 2, 0, Processes(rank, world_size, CPU))])
+    dealt = [torch.cat([batch[0] for batch in image_loader(dataset, 2, 0, World(rank, world_size, CPU))])
              for rank in range(world_size)]
     found = [dealt[i % world_size][i // world_size] for i in range(dataset.n_images)]
     assert sum(map(len, dealt)) == dataset.n_images

@@ -28,9 +28,11 @@ from caption import Captioner, by_consensus, search
 from datasets import CaptionDataset, load_word_map, normalize, reverse, words_of
 from eval import bleu, brevity_penalty, generate_captions, interleave, measure, meteor, score, validate
 from models import DecoderWithAttention, Encoder
-from utils import InputError, Processes, save_checkpoint
+from safety.checkpoints import save_checkpoint
+from safety.errors import InputError
+from utils import World
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 SCORES = evaluation.COLUMNS[:9]  # without the times
 
 
@@ -79,7 +81,7 @@ def pictures(prepared) -> CaptionDataset:
 
 
 def captions_of(model: Model, dataset: CaptionDataset, beam_size: int = 2, **options: Any) -> list[list[int]]:
-    options = {"processes": ALONE, "max_len": 8, **options}
+    options = {"world": ALONE, "max_len": 8, **options}
     return [each.sequence for each in generate_captions(model.captioner, dataset, beam_size, **options)]
 
 
@@ -301,7 +303,7 @@ def test_processes_share_the_pictures(world_size, model, pictures, monkeypatch):
     whole, shares = captions_of(model, pictures), []
     monkeypatch.setattr(evaluation, "gather", lambda found, _: shares.append(found) or [found])
     for rank in range(world_size):
-        captions_of(model, pictures, processes=Processes(rank, world_size, ALONE.device))
+        captions_of(model, pictures, world=World(rank, world_size, ALONE.device))
     assert sum(map(len, shares)) == 7 and max(map(len, shares)) == math.ceil(7 / world_size)
     monkeypatch.setattr(evaluation, "gather", lambda *_: shares)
     assert captions_of(model, pictures) == whole
@@ -329,7 +331,7 @@ def test_the_table_is_shown_whatever_becomes_of_files(model, run, tmp_path, monk
     def full(*_: Any) -> None:
         raise InputError("the disk is full")
 
-    monkeypatch.setattr(evaluation, "whole_file", full)
+    monkeypatch.setattr(evaluation, "atomic_write", full)
     with refused("the disk is full"):
         run("--checkpoint", path, "--beam_size", 1, "--max_len", 3, "--json", tmp_path / "scores.json")
     assert "BLEU-4" in capsys.readouterr().out

@@ -35,8 +35,9 @@ import create_input_files
 import datasets
 import eval
 import train
+from safety.errors import run_script
+from safety.files import atomic_write, remove_stale
 from training import features
-from utils import run_script, sweep, whole_file
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and forks are POSIX's")
 HERE = Path(__file__).parent
@@ -57,7 +58,7 @@ def server() -> Iterator[Any]:
 
 def script(name: str, arguments: list[str], output: str, *faults: tuple[Any, ...]) -> None:
     """What such a process does: a script from its command line, with its output in a file, and maybe faults."""
-    multiprocessing.set_start_method("fork", force=True)  # for the processes that read pictures
+    multiprocessing.set_start_method("fork", force=True)  # for the DataLoader workers
     torch.set_num_threads(1)
     features.FEATURES_AT_ONCE = 4
     os.environ["PATH"] = ""  # without Java, whose score takes long
@@ -211,7 +212,7 @@ def test_killed_while_input_files_are_made(server: Any, prepared: Prepared, tmp_
         assert finish(process) == -signal.SIGKILL, (fault, (tmp_path / "output").read_text())
         for path in (tmp_path / "data").glob("[!.]*"):
             assert path.read_bytes() == (prepared.folder / path.name).read_bytes()
-    time.sleep(6)  # processes that read pictures notice within five seconds that theirs was killed, and hold its lock
+    time.sleep(6)  # workers notice within five seconds that their process was killed, and keep its lock until then
     assert finish(start(server, "create_input_files", arguments, tmp_path / "output")) == 0
     made = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     assert made == {path.name: path.read_bytes() for path in prepared.folder.iterdir() if "FEATURES" not in path.name}
@@ -233,9 +234,9 @@ def test_only_the_leftovers_of_dead_processes_are_swept(server: Any, tmp_path: P
     path = tmp_path / "file.json"
     for name in (".file.json.1.tmp", ".file.json.999999.tmp", ".other.json.999999.tmp", "file.json.1.tmp"):
         (tmp_path / name).write_text("left")
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write("mine")
-        sweep(path)
+        remove_stale(path)
         assert sorted(leftovers(tmp_path)) == [f".file.json.{os.getpid()}.tmp", ".other.json.999999.tmp"]
     assert path.read_text() == "mine" and (tmp_path / "file.json.1.tmp").exists()
 
@@ -312,7 +313,7 @@ def test_the_other_scripts_stop_with_one_line(server: Any, alone: Path, prepared
 
 
 def test_ctrl_c_reaches_a_whole_process_group(prepared: Prepared, tmp_path: Path) -> None:
-    """In a terminal the processes that read pictures get it too. All end, and only the first says something."""
+    """In a terminal the workers get it too. All end, and only the main process says something."""
     command = [sys.executable, train.__file__, *flags(prepared, tmp_path / "out", "--epochs", 500, "--workers", 2)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                           start_new_session=True) as process:
@@ -543,7 +544,7 @@ def test_a_reading_process_that_died(prepared: Prepared, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(datasets.CaptionDataset, "picture", die)
     said = said_by(monkeypatch, flags(prepared, tmp_path / "out", "--workers", 1))
-    assert said.startswith("train.py: a process that reads pictures died (DataLoader worker (pid")
+    assert said.startswith("train.py: a worker that reads pictures died (DataLoader worker (pid")
     assert "fewer --workers" in said
 
 
@@ -588,10 +589,10 @@ def test_out_of_memory_names_the_batch_size_to_try(begun: list[str], tmp_path: P
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nAnd more lines")
 
     monkeypatch.setattr(train, "train_step", full)
-    assert said_by(monkeypatch, begun) == ("train.py: the memory is too small for --batch_size 20; try "
+    assert said_by(monkeypatch, begun) == ("train.py: out of memory with --batch_size 20; try "
                                            "--batch_size 10")
     assert said_by(monkeypatch, [*begun, "--batch_size", "20", "1"]).endswith("try --batch_size 10 1")
-    assert "the memory is too small; end other programs" in said_by(monkeypatch, [*begun, "--batch_size", "1"])
+    assert "out of memory; end other programs" in said_by(monkeypatch, [*begun, "--batch_size", "1"])
     assert contents(tmp_path / "out") == before
 
 

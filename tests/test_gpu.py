@@ -39,7 +39,7 @@ def test_the_scripts_do_on_a_gpu_what_they_do_on_a_cpu(prepared: Prepared, tmp_p
         assert scripts(prepared, tmp_path / "gpu", "cuda:0") == expected
     assert seen.operations["aten._fused_adam_.default"] == 4 + 4 * 2  # steps of stage 1, and of stage 2 twice
     # Training waits where it looks at the loss, in train_epoch, and at no other place of a step.
-    assert set(seen.waits) == {"setup_processes", "make_learner", "keep_features", "train_epoch", "save", "main",
+    assert set(seen.waits) == {"setup_world", "make_learner", "keep_features", "train_epoch", "save", "main",
                                "save_checkpoint", "validate", "beam_search", "trace_back", "read"}
     assert seen.waits["train_epoch"] == 2 * 2  # at the first step and at the last
 

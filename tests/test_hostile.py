@@ -39,7 +39,8 @@ import caption
 import eval as evaluation
 import train
 from datasets import read_image, read_word_map
-from utils import InputError, load_checkpoint, save_checkpoint
+from safety.checkpoints import load_checkpoint, save_checkpoint
+from safety.errors import InputError
 
 WORDS = {word: index for index, word in enumerate(("<pad>", "a", "<unk>", "<start>", "<end>"))}
 REACHING_OUT = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.remove", "os.rename", "os.mkdir", "shutil",

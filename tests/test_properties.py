@@ -21,7 +21,8 @@ from test_models import narrowing_search, random_decoder
 
 from create_input_files import Picture, write_split
 from datasets import read_image, read_json, reverse, words_of
-from utils import load_checkpoint, printable, save_checkpoint
+from safety.checkpoints import load_checkpoint, save_checkpoint
+from safety.errors import printable
 
 few = settings(max_examples=20, deadline=None, derandomize=True)
 

@@ -1,4 +1,4 @@
-"""Memory stays where it is however long a run is, and the processes that read pictures change nothing."""
+"""Memory stays where it is however long a run is, and the number of workers changes nothing."""
 from __future__ import annotations
 
 import gc
@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 
 import train
 from caption import Captioner
-from datasets import CaptionDataset, EpochSampler, Pictures, ignore_signals, load_word_map
+from datasets import CaptionDataset, EpochSampler, Pictures, load_word_map
 from eval import generate_captions, validate
 from models import DecoderWithAttention, Encoder
-from utils import Processes
+from safety.signals import ignore_signals
+from utils import World
 
 CPU = torch.device("cpu")
 
@@ -61,7 +62,7 @@ def test_memory_of_evaluation_is_flat(prepared: Prepared) -> None:
     encoder = Encoder(4, ENCODER)
     decoder = DecoderWithAttention(8, 8, 16, len(word_map), encoder.encoder_dim)
     train.keep_features(dataset, encoder, CPU, "float32", 0, show=False)
-    one, model = Processes(0, 1, CPU), Captioner(encoder, decoder, word_map, "float32")
+    one, model = World(0, 1, CPU), Captioner(encoder, decoder, word_map, "float32")
 
     def work() -> None:
         validate(model, dataset, one, 4)

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 import train
 from datasets import CaptionDataset, Pictures, load_word_map, normalize
 from models import Encoder
+from safety.errors import InputError
 from training.resume import claim, take_up
-from utils import InputError, Processes
+from utils import World
 
 
 def flags(prepared: Prepared, folder: Path, *more: object) -> list[str]:
@@ -110,7 +111,7 @@ def test_the_gaze_is_drawn_after_each_epoch(prepared: Prepared, tmp_path: Path,
         assert gaze.size[1] > 3 * 128
 
     setting = setting_of(prepared, tmp_path / "other")
-    second = setting._replace(processes=Processes(1, 2, torch.device("cpu")))
+    second = setting._replace(world=World(1, 2, torch.device("cpu")))
     train.draw_gaze(second, train.make_learner(1, None, setting), "epoch 1")
     assert len(drawn) == 2
 
@@ -258,15 +259,15 @@ def setting_of(prepared: Prepared, folder: Path) -> train.Run:
     args = train.get_parser().parse_args(flags(prepared, folder, "--alpha_c", 0.7, "--grad_clip", 1e-3,
                                                    "--label_smoothing", 0.2))
     data = [CaptionDataset(prepared.folder, prepared.name, split) for split in ("TRAIN", "VAL")]
-    processes = Processes(0, 1, torch.device("cpu"))
-    return train.Run(args, processes, "float32", print, load_word_map(prepared.folder, prepared.name), *data, [])
+    world = World(0, 1, torch.device("cpu"))
+    return train.Run(args, world, "float32", print, load_word_map(prepared.folder, prepared.name), *data, [])
 
 
 def test_a_stopgap_counts_for_nothing(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process for which an epoch's last batch has no caption computes one, without effect on loss or gradients."""
     setting = setting_of(prepared, tmp_path)
     learner = train.make_learner(1, None, setting)
-    setting = setting._replace(processes=Processes(1, 2, torch.device("cpu")))
+    setting = setting._replace(world=World(1, 2, torch.device("cpu")))
     others = torch.tensor([3.0, 2.0, 1.0, 5.0, 1.0], dtype=torch.float64)
     monkeypatch.setattr(train.dist, "all_reduce", lambda totals: totals.add_(others))
     monkeypatch.setattr(train, "sum_gradients", lambda _: None)
@@ -291,7 +292,7 @@ def test_a_step_is_the_plain_arithmetic(prepared: Prepared, tmp_path: Path, stag
 
     torch.manual_seed(5)
     pictures, captions, lengths = batch
-    features = encoder(normalize(pictures, setting.processes.device)).repeat_interleave(5, 0)
+    features = encoder(normalize(pictures, setting.world.device)).repeat_interleave(5, 0)
     scores, targets, decode_lengths, alphas, _ = decoder.train()(features, captions.flatten(0, 1), lengths.view(-1, 1))
     real = torch.arange(scores.size(1)) < torch.tensor(decode_lengths).unsqueeze(1)
     log_probs, true = scores[real].log_softmax(dim=1), targets[:, 1:][:, :scores.size(1)][real]
@@ -477,10 +478,10 @@ def test_a_checkpoint_without_its_best_one_has_its_own_score_to_beat(prepared: P
     args = train.get_parser().parse_args(flags(prepared, tmp_path, "--checkpoint", alone))
     for _ in range(2):  # as when the first was killed before it saved anything
         start["training"]["best_bleu4"] = 99.0
-        take_up(start, args, Processes(0, 1, torch.device("cpu")))
+        take_up(start, args, World(0, 1, torch.device("cpu")))
         assert start["training"]["best_bleu4"] == start["scores"]["bleu4"] < 99
     start["training"]["world_size"] = 2
-    (said,) = take_up(start, args, Processes(0, 1, torch.device("cpu")))
+    (said,) = take_up(start, args, World(0, 1, torch.device("cpu")))
     assert "another number of processes than before (2)" in said
     assert (tmp_path / f"BEST_checkpoint_{prepared.name}.pth.tar").read_bytes() == alone.read_bytes()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils import whole_file
+from safety.files import atomic_write
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -26,5 +26,5 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.legend()
     losses.set_title("loss")
     scores.set_title("BLEU-4 on the validation split")
-    with whole_file(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=100)

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from datasets import PREPROCESSING, CaptionDataset, Pictures, encode
-from utils import InputError, autocast, hold, ignore_signals, progress, writing
+from safety.errors import InputError
+from safety.files import lock, naming_write_errors
+from safety.signals import ignore_signals
+from utils import autocast, progress
 
 FEATURES_AT_ONCE = 32  # pictures encoded between two writes
 
@@ -90,10 +93,10 @@ def _write_features(features: Features, dataset: CaptionDataset, encoder: nn.Mod
     if features.n_bytes - done * size > free:
         raise InputError(f"the features of {dataset.path} need {features.n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB "
                          f"are free in {partial.parent}; make room, or leave out --cache_features")
-    with writing(partial):
+    with naming_write_errors(partial):
         file = open(partial, "ab")
     with file:
-        hold(file)  # waits while another run on this machine writes it
+        lock(file)  # waits while another run on this machine writes it
         if features.path.is_file():
             return               # that run wrote it all
         done = file.tell() // size // FEATURES_AT_ONCE * FEATURES_AT_ONCE  # batches as in one go, for the same bits
@@ -103,7 +106,7 @@ def _write_features(features: Features, dataset: CaptionDataset, encoder: nn.Mod
         for pictures, *_ in DataLoader(rest, FEATURES_AT_ONCE, num_workers=workers, worker_init_fn=ignore_signals):
             with autocast(device, precision):
                 rows = encode(encoder, pictures, device)
-            with writing(partial):
+            with naming_write_errors(partial):
                 file.write(rows.to(features.dtype).cpu().contiguous().view(torch.uint8).numpy())
                 file.flush()
                 os.fsync(file.fileno())  # what the file's length promises is on the disk

@@ -15,18 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from utils import (
-    InputError,
-    Processes,
-    broadcast,
-    gather,
-    hold,
-    load_checkpoint,
-    sweep,
-    unwritable,
-    whole_file,
-    writing,
-)
+from safety.checkpoints import load_checkpoint
+from safety.errors import InputError
+from safety.files import atomic_write, lock, naming_write_errors, remove_stale, unwritable
+from utils import World, broadcast, gather
 
 CLAIM_SECONDS = 10  # to wait until another run leaves the folder
 UNBEGUN = {"step": 0, "sums": [0.0] * 5, "seconds": 0.0}  # of an epoch: batches seen, what `measure` gave, time
@@ -41,41 +33,41 @@ def output_path(args: argparse.Namespace, prefix: str, suffix: str = ".pth.tar")
 
 
 @contextmanager
-def own_place(args: argparse.Namespace, processes: Processes) -> Iterator[None]:
+def own_place(args: argparse.Namespace, world: World) -> Iterator[None]:
     """Keeps the output folder for this run. The first process decides for all what it goes on from, and refuses a
     folder that is not its own, or in which another run is at work.
 
     Where a process fails, torchrun starts all again by the same command: that goes on from the run's own checkpoint.
     """
-    restarted = any(gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", processes))
-    refusal = lock = None
-    if processes.rank == 0:
+    restarted = any(gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", world))
+    refusal = held = None
+    if world.rank == 0:
         there = output_path(args, "checkpoint_")
         if restarted and there.exists() and (load_checkpoint(there)["training"] or {}).get("launch") == launch():
             args.checkpoint = str(there)
         refusal = why_not_here(args, there)
         made = not there.parent.exists()
         if not refusal:
-            with writing(there):
+            with naming_write_errors(there):
                 there.parent.mkdir(parents=True, exist_ok=True)
-                lock = claim(there.with_name(f".{there.name}.run.tmp"))
-            if not lock:
+                held = claim(there.with_name(f".{there.name}.run.tmp"))
+            if not held:
                 refusal = f"another run is at work on {there}; let it end, or name another --output_folder"
-        sweep(output_path(args, "BEST_checkpoint_"))  # the other files are written, and so swept, every epoch
+        remove_stale(output_path(args, "BEST_checkpoint_"))  # the other files are written, and so tidied, every epoch
         elastic = os.environ.get
         if elastic("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and elastic("TORCHELASTIC_USE_AGENT_STORE") == "True":
             print("restarted processes will not find each other (PyTorch's issue 135712); start with "
                   "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone (several nodes: --rdzv_backend=c10d)")
-    args.checkpoint, refusal = broadcast((args.checkpoint, refusal), processes)
+    args.checkpoint, refusal = broadcast((args.checkpoint, refusal), world)
     try:
         if refusal:
             raise InputError(refusal)
         yield
     finally:
-        if lock:
+        if held:
             with suppress(OSError):  # Windows lets nobody remove an open file
-                Path(lock.name).unlink()  # closing it is not enough: a DataLoader's process may have it, too
-            lock.close()
+                Path(held.name).unlink()  # closing it is not enough: a DataLoader's process may have it, too
+            held.close()
             if made:
                 with suppress(OSError):  # it is not empty
                     there.parent.rmdir()
@@ -97,7 +89,7 @@ def claim(path: Path) -> IO[str] | None:
     tries_until = time.monotonic() + CLAIM_SECONDS
     while True:
         file = open(path, "w")
-        if hold(file, wait=False) and os.fstat(file.fileno()).st_nlink:  # else its holder just removed it
+        if lock(file, wait=False) and os.fstat(file.fileno()).st_nlink:  # else its holder just removed it
             return file
         file.close()
         if time.monotonic() > tries_until:
@@ -132,9 +124,9 @@ def how_to_go_on(args: argparse.Namespace) -> str:
     return f"stopped; the run stands in {there}, go on with: {shlex.join(command)}"
 
 
-def read_checkpoint(path: str | Path, word_map: dict[str, int], processes: Processes) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, word_map: dict[str, int], world: World) -> dict[str, Any]:
     """A checkpoint, read by the first process for all (other nodes need not see the file)."""
-    state = broadcast(load_checkpoint(path, word_map) if processes.rank == 0 else None, processes)
+    state = broadcast(load_checkpoint(path, word_map) if world.rank == 0 else None, world)
     if state["word_map"] != word_map:
         raise InputError(f"{path} was trained with {len(state['word_map'])} words, the data have {len(word_map)}, "
                          "or others in another order; train on the data that it was made for")
@@ -150,7 +142,7 @@ def check_model(start: dict[str, Any], args: argparse.Namespace, default: Callab
                              f"{getattr(args, name)}; go on with the same, or without the flag")
 
 
-def take_up(start: dict[str, Any], args: argparse.Namespace, processes: Processes) -> list[str]:
+def take_up(start: dict[str, Any], args: argparse.Namespace, world: World) -> list[str]:
     """Makes a checkpoint's `training` fit these flags, or refuses it. Returns what to say of that."""
     training = start["training"]
     if training["stage"] == 2 and args.stage == "1":
@@ -159,13 +151,13 @@ def take_up(start: dict[str, Any], args: argparse.Namespace, processes: Processe
     if before["freeze_embeddings"] != args.freeze_embeddings:  # who learns
         raise InputError(f"{args.checkpoint} was made with --freeze_embeddings {before['freeze_embeddings']}; "
                          "go on with the same")
-    if processes.rank == 0:
+    if world.rank == 0:
         check_not_behind(training, args)
         keep_best(start, args)
         keep_log(training, args)
-    training["best_bleu4"] = broadcast(training["best_bleu4"], processes)
+    training["best_bleu4"] = broadcast(training["best_bleu4"], world)
     stood = batches_of(before, training["stage"], training["world_size"])
-    stands = batches_of(vars(args), training["stage"], processes.world_size)
+    stands = batches_of(vars(args), training["stage"], world.size)
     others = ", ".join(f"{name} {stood[name]}" for name in stood if stood[name] != stands[name])
     if others and training["step"]:
         training |= UNBEGUN
@@ -220,7 +212,7 @@ def keep_best(start: dict[str, Any], args: argparse.Namespace) -> None:
         source = Path(args.checkpoint)
         start["training"]["best_bleu4"] = start["scores"].get("bleu4", -1.0)
     if not best.exists():
-        with open(source, "rb") as weights, whole_file(best, "wb") as file:
+        with open(source, "rb") as weights, atomic_write(best, "wb") as file:
             shutil.copyfileobj(weights, file)
     elif not output_path(args, "checkpoint_").exists() and not filecmp.cmp(source, best, shallow=False):
         raise InputError(f"{best} belongs to another run than {args.checkpoint}; name another --output_folder")

@@ -1,7 +1,7 @@
 """Checkpoints of the original tutorial, pickles of whole modules, read without running anything of them.
 
 A pickle is a program that may call whatever it names. Here each name of a fixed list stands for something inert, and
-any other is refused. `utils.load_checkpoint` comes here for the files that `torch.load(weights_only=True)` refuses.
+any other is refused. `load_checkpoint` comes here for the files that `torch.load(weights_only=True)` refuses.
 """
 from __future__ import annotations
 

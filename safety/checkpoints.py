@@ -1,0 +1,107 @@
+"""Checkpoints: written whole, and read without running anything that a stranger's file may hold."""
+from __future__ import annotations
+
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safety.errors import InputError, reason
+from safety.files import atomic_write
+from safety.old_checkpoints import load_pickled_modules
+
+CHECKPOINT_FORMAT = 1
+SPECIAL_WORDS = ("<start>", "<end>", "<pad>", "<unk>")
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Writes state_dicts and plain values to one file; `torch.load(path, weights_only=True)` reads it."""
+    with atomic_write(path, "wb") as file:
+        torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+
+
+def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None) -> dict[str, Any]:
+    """Reads a checkpoint of ours, or one that the original tutorial pickled, onto the CPU. Runs nothing of it.
+
+    Args:
+        word_map: for the original tutorial's checkpoints, which do not hold it.
+
+    Returns:
+        A dict with `encoder` and `decoder` (state_dicts), `word_map`, `model` (arguments that rebuild both),
+        `preprocessing`, `scores`, and `training` (for a resume; None in the original tutorial's).
+
+    Raises:
+        InputError: no such file, not a checkpoint, or one that names code other than the fixed list.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint; name one that train.py made with --checkpoint")
+    try:
+        state = _unpickle(path)
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{path}: refused, this is no checkpoint that can be read whole and safely ({reason(error)}); "
+                         "get the file again, or name another") from error
+    _check_parts(state, path)
+    state["word_map"] = state["word_map"] or word_map
+    _check_vocabulary(state, path)
+    stripped = {"preprocessing": None, "scores": {}, "training": None}  # maybe, for publishing
+    return state | {name: state.get(name, nothing) for name, nothing in stripped.items()}
+
+
+def _unpickle(path: str | Path) -> Any:
+    """What the file holds, by PyTorch's own list of harmless names or else by ours."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+                raise zipfile.BadZipFile("it is compressed, as PyTorch's files never are")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what the file's maker did
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads what is used
+    except Exception:  # not one of ours: the original tutorial's, or no checkpoint
+        return {"format": CHECKPOINT_FORMAT, **load_pickled_modules(path)}
+
+
+def _check_parts(state: Any, path: str | Path) -> None:
+    """Every checkpoint has these parts: of a format we know, with weights that are plain tensors."""
+    if (not isinstance(state, dict) or not {"format", "encoder", "decoder", "word_map", "model"} <= state.keys()
+            or type(state["format"]) is not int):
+        raise InputError(f"{path}: not a captioning checkpoint; name one that train.py made with --checkpoint")
+    if state["format"] != CHECKPOINT_FORMAT:
+        raise InputError(f"{path}: made by a newer version of this project (format {state['format']}); update it")
+    for part in ("encoder", "decoder"):
+        if not isinstance(state[part], dict) or not all(map(_is_whole, state[part].values())):
+            raise InputError(f"{path}: refused, its {part} is not of plain tensors that are whole in the file; get "
+                             "the file again, or name another")
+    if not isinstance(state["word_map"], dict | None):
+        check_word_map(state["word_map"], path)  # which says that it is none
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is an ordinary tensor with all its numbers in memory: one number can pass for a trillion of them."""
+    return (type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu"
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+
+
+def _check_vocabulary(state: dict[str, Any], path: str | Path) -> None:
+    """The word map must be whole, and of the model's size."""
+    if not state["word_map"]:
+        raise InputError(f"{path}: this checkpoint holds no word map; give it with --word_map WORDMAP_....json")
+    if not isinstance(state["model"], dict) or type(state["model"].get("vocab_size")) is not int:
+        raise InputError(f"{path}: not a captioning checkpoint, it does not tell its model's sizes; name another")
+    if len(state["word_map"]) != state["model"]["vocab_size"]:
+        raise InputError(f"{path}: the model knows {state['model']['vocab_size']} words, the word map has "
+                         f"{len(state['word_map'])}; give the word map that the model was trained with")
+    check_word_map(state["word_map"], path)
+
+
+def check_word_map(word_map: Any, path: str | Path) -> None:
+    """A word map's indices must be 0 to V - 1, the special words among them."""
+    if not isinstance(word_map, dict) or not set(SPECIAL_WORDS) <= word_map.keys():
+        raise InputError(f"{path}: not a word map, it lacks one of {' '.join(SPECIAL_WORDS)}")
+    if not all(type(word) is str and type(index) is int for word, index in word_map.items()):
+        raise InputError(f"{path}: not a word map, its indices are not 0 to {len(word_map) - 1} for a word each")
+    if set(word_map.values()) != set(range(len(word_map))):
+        raise InputError(f"{path}: not a word map, its indices are not 0 to {len(word_map) - 1}, each once")

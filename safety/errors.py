@@ -1,0 +1,112 @@
+"""How a script ends: one line on standard error and an exit status, whatever went wrong."""
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from safety.signals import SIGNALS, Stopped, handle_signals, raise_stopped
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message says what, where, and what to do."""
+
+
+class UsageError(InputError):
+    """Flags that make no sense, whatever the files hold."""
+
+
+def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser,
+               resume_hint: Callable[[argparse.Namespace], str] = lambda _: "stopped") -> None:
+    """Runs a script. A failure is one line and exit status 1, a wrong flag one line and 2; Ctrl-C exits with 130,
+    SIGTERM with 143.
+
+    Args:
+        resume_hint: what to say when the script was stopped.
+    """
+    parser.add_argument("--debug", action="store_true", help="show where in the code a failure arose")
+    parser.error = lambda message: parser.exit(2, printable(f"{parser.prog}: {message} (--help tells the flags)\n"))
+    args = parser.parse_args()
+    debug = vars(args).pop("debug")
+    SIGNALS.clear()
+    unraisable = sys.unraisablehook  # called with what is raised in destructors; a stop is in SIGNALS all the same
+    sys.unraisablehook = lambda lost: None if lost.exc_type is Stopped else unraisable(lost)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where nobody listens
+    try:
+        with handle_signals(raise_stopped):
+            main(args)
+            sys.stdout.flush()  # fails here, if at all, and not at Python's own end
+            if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
+                dist.destroy_process_group()
+    except (KeyboardInterrupt, Exception) as error:
+        drop_what_cannot_be_printed()
+        if SIGNALS or isinstance(error, KeyboardInterrupt):  # any failure after a signal is its consequence
+            if os.environ.get("RANK", "0") == "0":           # one line from all processes
+                print(printable(f"\n{parser.prog}: {resume_hint(args)}"), file=sys.stderr)
+            sys.exit(128 + (error.args[0] if isinstance(error, Stopped) else [*SIGNALS, signal.SIGINT][0]))
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, UsageError):
+            parser.error(str(error))
+        sys.exit(printable(f"{parser.prog}: {in_one_line(error, args)}"))
+    finally:
+        sys.unraisablehook = unraisable
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()  # or the line would stand behind a half-drawn bar
+
+
+def drop_what_cannot_be_printed() -> None:
+    """Where standard output is closed or full, Python would complain once more at its own end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def reason(error: Exception) -> str:
+    """Another library's error in one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, and what it cannot show, as escapes; a stranger's file may hold it."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+                  lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def in_one_line(error: Exception, args: argparse.Namespace) -> str:
+    """What to say of a failure: what the user can do or, of an unexpected one, where it arose."""
+    text = str(error)
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(
+        "ALLOC_FAILED|an(no|')t allocate memory", text)
+    if out_of_memory and not isinstance(error, InputError):
+        sizes = getattr(args, "batch_size", 1)
+        sizes = sizes if isinstance(sizes, list) else [sizes]
+        if max(sizes) == 1:
+            return "out of memory; end other programs, or use a machine with more"
+        return (f"out of memory with --batch_size {' '.join(map(str, sizes))}; try --batch_size "
+                f"{' '.join(str(max(1, size // 2)) for size in sizes)}")
+    if isinstance(error, (InputError, OSError, ImportError)):
+        if "Original Traceback" in text:  # it was raised in a DataLoader worker
+            return text.splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+        return text
+    if "DataLoader worker" in text:
+        return (f"a worker that reads pictures died ({text.splitlines()[0]}); often memory ran out: try fewer "
+                "--workers, 0 at the least")
+    if isinstance(error, RuntimeError) and "onnection" in text and dist.is_initialized():
+        return "another process ended, and so does this one"
+    ours = [f"{Path(file).name}:{line}" for file, line, *_ in traceback.extract_tb(error.__traceback__)[1:]
+            if REPOSITORY in Path(file).parents and "site-packages" not in file]
+    return f"a fault of this program, please report it ({reason(error)}; {' '.join(ours)}); --debug shows more"

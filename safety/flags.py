@@ -1,0 +1,47 @@
+"""Numbers on the command line, with the range on the flag's own line: `type=integer(1)`, `type=real(0, 1, "[)")`."""
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+RANGES = {"[]": "from {low:g} to {high:g}", "[)": "from {low:g} to below {high:g}",
+          "(]": "above {low:g}, up to {high:g}", "()": "above {low:g} and below {high:g}",
+          "[": "of {low:g} or more", "(": "above {low:g}"}
+
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """For argparse's `type=`: a whole number from low to high, both allowed; without high, of low or more."""
+    wanted = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"{text}: {wanted}")
+        return number
+
+    return parse
+
+
+def real(low: float, high: float = math.inf, ends: str = "[]") -> Callable[[str], float]:
+    """For argparse's `type=`: a number from low to high, never NaN or infinite.
+
+    Args:
+        ends: "[]", "[)", "(]" or "()", as intervals are written.
+    """
+    wanted = (RANGES[ends] if math.isfinite(high) else RANGES[ends[0]]).format(low=low, high=high)
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        above = number > low or (number == low and ends[0] == "[")
+        below = number < high or (number == high and ends[1] == "]")
+        if not (above and below and math.isfinite(number)):
+            raise argparse.ArgumentTypeError(f"{text}: a number {wanted}")
+        return number
+
+    return parse
