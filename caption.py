@@ -8,7 +8,7 @@ The checkpoint alone is enough; without --model, the one BEST_checkpoint_*.pth.t
 
     from caption import caption_images, load
     model = load("BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar")
-    for best, *others in caption_images(model, ["photo.jpg", picture], n_best=3):  # files, or Pillow's pictures
+    for best, *others in caption_images(model, ["photo.jpg", picture], n_best=3):  # files, Pillow's pictures, arrays
         print(" ".join(best.words), best.log_prob)
         print(best.alphas.shape)  # (words, 14, 14): for each word where the model looked
 """
@@ -21,32 +21,223 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
-    gc.disable()  # until the model is there: to look for garbage among half a million objects of PyTorch's takes 0.4 s
+    gc.disable()  # speed, skip it: garbage collection among half a million objects of PyTorch's takes 0.4 s
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from datasets import all_unreadable, encode, read_image, read_word_map, reverse, words_of
+from datasets import PICTURE_SUFFIXES, AnyPicture, encode, read_image, read_word_map, reverse
+from drawing.figure import draw_figure, figure_paths, visualize_att  # noqa: F401 (here in the original tutorial)
 from drawing.page import PAGES, html_figure, write_page
-from drawing.panels import enlarge, fit, write_gif
-from models import DecoderWithAttention, Encoder, Hypothesis, build_models
+from models import Caption, restore
 from safety.checkpoints import load_checkpoint
 from safety.errors import InputError, UsageError, printable, run_script
 from safety.files import atomic_write
-from utils import autocast, progress, setup_world
+from safety.flags import integer, real
+from safety.pictures import all_unreadable
+from utils import autocast, progress_bar, setup_world
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+# ---- the search ------------------------------------------------------------------------------------------------------
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # what is taken from a folder
+class Search(NamedTuple):
+    """How captions are searched for, and which of those found are best."""
 
+    beam_size: int = 5              # hypotheses that compete; 1: always the most probable word (greedy)
+    max_len: int = 51               # words at most, <end> included
+    n_best: int = 1                 # captions of each picture, at most
+    length_penalty: float = 0.0     # rank by log-probability / words ** length_penalty, <end> counted; 0 favours short
+    consensus: bool = False         # rank by likeness to the others instead, see `by_consensus`
+    forbidden: Collection[str] = ("<start>", "<pad>", "<unk>")  # words that are never generated
+
+    @staticmethod
+    def from_args(args: argparse.Namespace, beam_size: int, n_best: int = 1) -> Search:
+        """From the flags of `add_search_flags`."""
+        if args.length_penalty and args.consensus:
+            raise UsageError("--length_penalty and --consensus are two ways to choose among the beam's captions; name "
+                             "one")
+        return Search(beam_size, args.max_len, n_best, args.length_penalty, args.consensus)
+
+
+@torch.inference_mode()
+def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int], search: Search = Search(),
+                with_alphas: bool = True) -> list[list[Caption]]:
+    """The most probable captions of each of many pictures, at least one, the best first and unfinished ones last.
+
+    Each picture has K hypotheses. At each step all their continuations compete, and the best K live on. One that ends
+    leaves the beam, which is one narrower from then on; a picture whose beam is empty leaves the batch.
+
+    Args:
+        decoder: anything with `start`, `step`, `fc` and `vocab_size`, in eval mode.
+        encoder_out: (N, h, w, C) or (N, P, C).
+    """
+    n, k, device = len(encoder_out), search.beam_size, encoder_out.device
+    forbidden = torch.tensor([word_map[word] for word in search.forbidden], dtype=torch.long).to(device)
+    annotations, state = decoder.start(encoder_out)
+    state = tuple(each.repeat_interleave(k, dim=0) for each in state)           # (N * K, ...); annotations stay N
+    sequences = torch.full((n, k, 1), word_map["<start>"], device=device)       # (N, K, t), the hypotheses
+    log_probs = torch.zeros(n, k, 1, device=device)                             # (N, K, t), up to each word
+    log_probs[:, 1:] = -torch.inf  # all hypotheses begin alike: the first is continued, not K equal ones
+    alphas = None                                                               # (N, K, t, P)
+    width = torch.full((n, 1), k, device=device)                                # hypotheses that still compete
+    active, words = list(range(n)), reverse(word_map)                           # pictures still in the batch
+    found = [[] for _ in active]
+
+    for t in range(search.max_len):
+        output, alpha, state = decoder.step(sequences[:, :, -1].flatten(), annotations, state)
+        scores = F.log_softmax(decoder.fc(output).float(), dim=1).index_fill_(1, forbidden, -torch.inf)  # (N * K, V)
+        candidates = log_probs[:, :, -1:] + scores.view(n, k, -1)               # (N, K, V), all continuations
+        total, best = candidates.flatten(1).topk(k, dim=1)                      # (N, K), best first
+        parent, word = best // decoder.vocab_size, best % decoder.vocab_size
+        rows = torch.arange(n, device=device).unsqueeze(1), parent
+        sequences = torch.cat([sequences[rows], word.unsqueeze(2)], dim=2)
+        log_probs = torch.cat([log_probs[rows], total.unsqueeze(2)], dim=2)
+        state = tuple(each.unflatten(0, (n, k))[rows].flatten(0, 1) for each in state)
+        if with_alphas:
+            alpha = alpha.float().view(n, k, 1, -1)
+            alphas = torch.cat([torch.ones_like(alpha) if t == 0 else alphas, alpha], dim=2)[rows]  # <start>: all ones
+
+        growing = (torch.arange(k, device=device) < width) & (total > -torch.inf)   # of the best K, the first `width`
+        ended = growing & (word == word_map["<end>"])
+        for i, *hypothesis in hypotheses_at(ended, sequences, log_probs, alphas):
+            found[active[i]].append(to_caption(*hypothesis, words, finished=True))
+        width = width - ended.sum(dim=1, keepdim=True)
+        growing &= ~ended
+        log_probs[:, :, -1].masked_fill_(~growing, -torch.inf)                  # these have left the beam
+        alive = growing.any(dim=1).nonzero().squeeze(1)                         # pictures whose beam is not empty
+        if len(alive) < n:
+            active, n = [active[i] for i in alive.tolist()], len(alive)
+            if n == 0:
+                break
+            annotations, alphas = annotations.rows(alive), alphas[alive] if with_alphas else None
+            sequences, log_probs, width, growing = (each[alive] for each in (sequences, log_probs, width, growing))
+            state = tuple(each.unflatten(0, (-1, k))[alive].flatten(0, 1) for each in state)
+    for i, *hypothesis in hypotheses_at(growing, sequences, log_probs, alphas):
+        found[active[i]].append(to_caption(*hypothesis, words, finished=False))
+    start_alphas = alphas[0, 0, :1].cpu().numpy() if with_alphas else None
+    fallback = to_caption([word_map["<start>"]], [-math.inf], start_alphas, words, finished=False)  # if all was NaN
+    return [ranked(captions or [fallback], search)[:search.n_best] for captions in found]
+
+
+def hypotheses_at(which: Tensor, sequences: Tensor, log_probs: Tensor,
+                  alphas: Tensor | None) -> Iterator[tuple[int, list[int], list[float], np.ndarray | None]]:
+    """Those where `which`, (N, K) bool, is True: picture, ids, log-probabilities up to each of them, alphas."""
+    rows = which.nonzero(as_tuple=True)
+    if len(rows[0]) == 0:
+        return iter(())  # nothing to fetch from a GPU
+    looks = [None] * len(rows[0]) if alphas is None else alphas[rows].cpu().numpy()         # (t, P) each
+    return zip(rows[0].tolist(), sequences[rows].tolist(), log_probs[rows].tolist(), looks, strict=True)
+
+
+def to_caption(sequence: list[int], log_probs: list[float], alphas: np.ndarray | None, rev_word_map: dict[int, str],
+               finished: bool) -> Caption:
+    """A hypothesis as a caption; of its alphas, (t, P), each row becomes the square that the regions form."""
+    words = [rev_word_map[index] for index in (sequence[1:-1] if finished else sequence[1:])]
+    if alphas is not None:
+        side = math.isqrt(alphas.shape[1])
+        alphas = alphas.reshape(len(alphas), side if side ** 2 == alphas.shape[1] else 1, -1)
+    return Caption(words, log_probs[-1], finished, None if alphas is None else alphas[1:1 + len(words)], sequence,
+                   [after - before for before, after in pairwise(log_probs)], alphas)
+
+
+def ranked(captions: Sequence[Caption], search: Search) -> list[Caption]:
+    """A picture's captions, the best first."""
+    captions = sorted(captions, key=lambda each: (
+        not each.finished, -each.log_prob / max(len(each.sequence) - 1, 1) ** search.length_penalty))
+    return by_consensus(captions) if search.consensus else captions
+
+
+def by_consensus(captions: Sequence[Caption]) -> list[Caption]:
+    """A beam's captions, the one that is most like all of them first (minimum Bayes risk, Kumar and Byrne 2004).
+
+    The most probable caption may be an odd one, while the others agree on something else. So each finished one votes
+    for all that are similar to it, itself included, with the fourth root of its probability, an exponent found by
+    trial. Two captions' similarity: the words that are in both, in any order, counted twice, divided by the words of
+    both together. An empty caption is similar to none. Unfinished ones come last, and have no vote.
+    """
+    bags = [Counter(each.words) for each in captions]
+    highest = max((each.log_prob for each in captions if each.finished), default=0.0)
+    votes = [math.exp((each.log_prob - highest) / 4) if each.finished else 0.0 for each in captions]
+
+    def rank(i: int) -> tuple[bool, float]:
+        support = sum(vote * 2 * (bags[i] & other).total() / max(bags[i].total() + other.total(), 1)
+                      for other, vote in zip(bags, votes, strict=True))
+        return not captions[i].finished, -support
+
+    return [captions[i] for i in sorted(range(len(bags)), key=rank)]
+
+
+# ---- in Python -------------------------------------------------------------------------------------------------------
+
+class Captioner(NamedTuple):
+    """A model that captions: what `load` returns."""
+
+    encoder: nn.Module      # its forward maps pictures (N, 3, 256, 256), normalised, to features (N, h, w, C)
+    decoder: nn.Module      # with `start`, `step`, `fc` and `vocab_size`
+    word_map: dict[str, int]
+    precision: str = "float32"
+
+
+def load(model: str | Path, word_map: str | Path | None = None, device: str | None = None,
+         precision: str | None = None) -> Captioner:
+    """A checkpoint, ready to caption; arguments as the flags of the same names. In bfloat16 it lets PyTorch use TF32.
+
+    Raises:
+        InputError: no such file, no checkpoint that can be read safely, or no such device.
+    """
+    world, precision = setup_world(device, precision)
+    checkpoint = load_checkpoint(model, read_word_map(word_map) if word_map else None)
+    encoder, decoder = (each.to(world.device) for each in restore(checkpoint, model))
+    return Captioner(encoder, decoder, checkpoint["word_map"], precision)
+
+
+def caption_images(model: Captioner, images: Sequence[AnyPicture] | Tensor, search: Search = Search(),
+                   batch_size: int = 16, with_alphas: bool = True, **settings: Any) -> list[list[Caption]]:
+    """For each picture its captions, the best first.
+
+    Args:
+        images: files, Pillow's pictures, arrays (H, W, 3) or tensors (3, H, W), both uint8; in any mixture.
+        settings: fields of `Search`, in place of those that `search` has: caption_images(model, images, n_best=3).
+
+    Raises:
+        InputError: a picture cannot be read.
+    """
+    search, captions = search._replace(**settings), []
+    for i in range(0, len(images), batch_size):
+        pixels = torch.from_numpy(np.stack([read_image(image) for image in images[i:i + batch_size]]))
+        captions += caption_pixels(model, pixels, search, with_alphas)
+    return captions
+
+
+@torch.inference_mode()
+def caption_pixels(model: Captioner, images: Tensor, search: Search, with_alphas: bool = True) -> list[list[Caption]]:
+    """The same for one batch as a data set holds it: pictures (N, 3, 256, 256) uint8, or their features."""
+    encoder, decoder = model.encoder.eval(), model.decoder.eval()
+    device = next(decoder.parameters()).device
+    with autocast(device, model.precision):
+        features = encode(encoder, decoder, images, device)                     # (N, h, w, C)
+        return beam_search(decoder, features, model.word_map, search, with_alphas)
+
+
+def caption_image_beam_search(encoder: nn.Module, decoder: nn.Module, image_path: str | Path,
+                              word_map: dict[str, int], beam_size: int = 3) -> tuple[list[int], list[Any]]:
+    """The best caption of a picture, under the original's name.
+
+    Returns:
+        Ids of the words, from <start> to <end>, and for each of them alpha, a list of 14 rows of 14.
+    """
+    [[best]] = caption_images(Captioner(encoder, decoder, word_map), [image_path], beam_size=beam_size)
+    return best.sequence, best.sequence_alphas.tolist()
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage="%(prog)s --img PATH [FLAG ...]", description=__doc__,
@@ -57,176 +248,31 @@ def get_parser() -> argparse.ArgumentParser:
     add("--model", "-m", "--checkpoint", metavar="FILE", help="(default: the BEST_checkpoint_* in this folder)")
     add("--word_map", "-wm", metavar="FILE", help="only for checkpoints that hold none (the original tutorial's)")
     add = parser.add_argument_group("search").add_argument
-    add("--beam_size", "-b", type=int, default=5, metavar="K", help="hypotheses of the beam search (default: 5)")
-    add("--n_best", type=int, default=1, metavar="N", help="captions for each picture (default: 1)")
-    add_choice(add)
+    add("--beam_size", "-b", type=integer(1), default=5, metavar="K", help="hypotheses of the beam search (default: 5)")
+    add("--n_best", type=integer(1), default=1, metavar="N", help="captions for each picture (default: 1)")
+    add_search_flags(add)
     add = parser.add_argument_group("results").add_argument
     add("--out", metavar="PATH",
         help="where the model looked: an .html page, or a folder for .png files; for one picture a .png or .gif file")
     add("--dont_smooth", dest="smooth", action="store_false", help="show the attention's pixels as they are")
     add("--json", nargs="?", const="-", metavar="FILE", help="all results, into a file or instead of the lines")
+    add("--probabilities", action="store_true", help="after each word, how sure of it the model was, in percent")
     add = parser.add_argument_group("running").add_argument
-    add("--batch_size", type=int, default=16, metavar="N", help="pictures at once (default: 16)")
+    add("--batch_size", type=integer(1), default=16, metavar="N", help="pictures at once (default: 16)")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=("bfloat16", "float32"),
         help="of matrix products (default: bfloat16 on a GPU that has it, else float32)")
     return parser
 
 
-def add_choice(add: Callable[..., Any]) -> None:
+def add_search_flags(add: Callable[..., Any]) -> None:
     """The flags that caption.py and eval.py share: how captions are found and chosen."""
-    add("--max_len", type=int, default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
-    add("--length_penalty", type=float, default=0.0, metavar="P",
+    add("--max_len", type=integer(1), default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
+    add("--length_penalty", type=real(0, 2), default=0.0, metavar="P",
         help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
     add("--consensus", action="store_true",
         help="of the beam's captions the one that is most like the others; best with --beam_size 20")
 
-
-class Captioner(NamedTuple):
-    """A model that captions: what `load` returns."""
-
-    encoder: Encoder
-    decoder: DecoderWithAttention
-    word_map: dict[str, int]
-    precision: str
-
-
-class Caption(NamedTuple):
-    """What the model says of a picture."""
-
-    words: list[str]
-    alphas: np.ndarray      # (len(words), n, n) float32: for each word where the model looked, weights that sum to 1
-    log_prob: float         # of the whole sentence, its end included
-    finished: bool          # False: max_len words, and no end
-
-
-def load(model: str | Path, word_map: str | Path | None = None, device: str | None = None,
-         precision: str | None = None) -> Captioner:
-    """A checkpoint, ready to caption; arguments as the flags of the same names.
-
-    Raises:
-        InputError: no such file, no checkpoint that can be read safely, or no such device.
-    """
-    world, precision = setup_world(device, precision)
-    checkpoint = load_checkpoint(model, read_word_map(word_map) if word_map else None)
-    encoder, decoder = (each.to(world.device) for each in build_models(checkpoint, model))
-    return Captioner(encoder, decoder, checkpoint["word_map"], precision)
-
-
-def caption_images(model: Captioner, images: Sequence[str | Path | Image.Image], beam_size: int = 5,
-                   max_len: int = 51, n_best: int = 1, batch_size: int = 16,
-                   length_penalty: float = 0.0, consensus: bool = False) -> list[list[Caption]]:
-    """For each picture, a file or one that Pillow opened, its n best captions, the best first.
-
-    Arguments are as the flags of the same names; with `consensus` the length penalty has no effect.
-
-    Raises:
-        InputError: a picture cannot be read.
-    """
-    words = reverse(model.word_map)
-    return [[to_caption(each, words) for each in hypotheses]
-            for i in range(0, len(images), batch_size)
-            for hypotheses in caption_paths(model, images[i:i + batch_size], beam_size, max_len, n_best,
-                                            length_penalty, consensus)]
-
-
-def to_caption(hypothesis: Hypothesis, rev_word_map: dict[int, str]) -> Caption:
-    words = words_of(hypothesis.sequence, rev_word_map)
-    alphas = to_grid(hypothesis.alphas)[1:1 + len(words)].numpy()  # the first is of <start>
-    return Caption(words, alphas, hypothesis.log_prob, hypothesis.finished)
-
-
-def caption_image_beam_search(encoder: Encoder, decoder: DecoderWithAttention, image_path: str | Path,
-                              word_map: dict[str, int], beam_size: int = 3) -> tuple[list[int], list[Any]]:
-    """The best caption of a picture.
-
-    Returns:
-        Indices of the words, from <start> to <end>, and for each the attention's weights, a list of n rows of n.
-    """
-    best = caption_paths(Captioner(encoder, decoder, word_map, "float32"), [image_path], beam_size)[0][0]
-    return best.sequence, to_grid(best.alphas).tolist()
-
-
-def caption_paths(model: Captioner, paths: Sequence[str | Path | Image.Image], beam_size: int = 5, max_len: int = 51,
-                  n_best: int = 1, length_penalty: float = 0.0, consensus: bool = False) -> list[list[Hypothesis]]:
-    """For each picture its n best captions, as the search finds them. Raises InputError where one cannot be read."""
-    images = torch.from_numpy(np.stack([read_image(path) for path in paths]))   # (N, 3, 256, 256)
-    return search(model, images, beam_size, max_len, n_best, length_penalty, consensus)
-
-
-@torch.inference_mode()
-def search(model: Captioner, images: Tensor, beam_size: int, max_len: int = 51, n_best: int = 1,
-           length_penalty: float = 0.0, consensus: bool = False, with_alphas: bool = True) -> list[list[Hypothesis]]:
-    """The n best captions of each of the pictures, (N, 3, 256, 256) uint8; see `beam_search` and `by_consensus`."""
-    decoder = model.decoder.eval()
-    device = decoder.fc.weight.device
-    with autocast(device, model.precision):
-        features = encode(model.encoder, images, device)                        # (N, h, w, C)
-        found = decoder.beam_search(features, model.word_map, beam_size, max_len,
-                                    n_best=beam_size if consensus else n_best, pooling=model.encoder.pooling(features),
-                                    with_alphas=with_alphas, length_penalty=length_penalty)
-    return [by_consensus(hypotheses)[:n_best] for hypotheses in found] if consensus else found
-
-
-def by_consensus(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
-    """A beam's captions, the one that is most like all of them first (minimum Bayes risk, Kumar and Byrne 2004).
-
-    The most probable caption may be an odd one, while the others agree on something else. So each finished one votes
-    for all that are like it, itself included, with the fourth root of its probability, an exponent found by trial. Two
-    captions' likeness: the words that are in both, in any order, counted twice, divided by the words of both together.
-    An empty caption is like none. Unfinished ones come last, and have no vote.
-    """
-    said = [Counter(each.sequence[1:len(each.sequence) - each.finished]) for each in hypotheses]  # no <start>, no <end>
-    highest = max((each.log_prob for each in hypotheses if each.finished), default=0.0)
-    votes = [math.exp((each.log_prob - highest) / 4) if each.finished else 0.0 for each in hypotheses]
-
-    def rank(i: int) -> tuple[bool, float]:
-        support = sum(vote * 2 * (said[i] & other).total() / max(said[i].total() + other.total(), 1)
-                      for other, vote in zip(said, votes, strict=True))
-        return not hypotheses[i].finished, -support
-
-    return [hypotheses[i] for i in sorted(range(len(said)), key=rank)]
-
-
-def to_grid(alphas: Tensor) -> Tensor:
-    """Weights (len, P) as the square that the pixels form, (len, n, n)."""
-    return alphas.unflatten(1, (math.isqrt(alphas.size(1)), -1))
-
-
-# ---- where it looked -------------------------------------------------------------------------------------------------
-
-def visualize_att(image_path: str | Path, seq: Sequence[int], alphas: Any, rev_word_map: dict[int, str],
-                  smooth: bool = True) -> Figure:
-    """Draws the picture once for each word, with the attention's weights over it (the paper's figure 3).
-
-    Args:
-        seq: indices of the words, <start> first.
-        alphas: (len(seq), n, n), as `caption_image_beam_search` returns them.
-        rev_word_map: index to word.
-        smooth: enlarge the weights smoothly; else show the pixels as they are.
-
-    Returns:
-        A matplotlib figure, to be saved with `savefig`; no window is opened.
-    """
-    from matplotlib.figure import Figure  # these imports are not at the top: a caption alone need not wait for them
-    size = 14 * 24
-    picture = fit(image_path, size)
-    words = [rev_word_map[index] for index in seq]
-    rows = math.ceil(len(words) / 5)
-    height = 3 * min(picture.height / picture.width, 1.5) + 0.4  # of a row, in inches; a panel is 3 wide
-    figure = Figure(figsize=(15, height * rows), layout="constrained")
-    whole = (0, picture.width, picture.height, 0)  # the weights are stretched over the picture, as the pixels were
-    for i, (word, alpha) in enumerate(zip(words, np.asarray(alphas), strict=True), 1):
-        axes = figure.add_subplot(rows, 5, i)
-        axes.imshow(picture, extent=whole)
-        axes.set_title(printable(word), fontsize=14, parse_math=False)  # a word may hold a $
-        if word != "<start>":
-            axes.imshow(enlarge(alpha, size, smooth), alpha=0.8, cmap="Greys_r", extent=whole)
-        axes.axis("off")
-    return figure
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
 
 def find_pictures(patterns: Sequence[str]) -> list[Path]:
     """Files as they are named, pictures of folders, and what patterns match."""
@@ -236,7 +282,8 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
         if path.is_file():
             paths = [path]
         elif path.is_dir():
-            paths = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES and each.is_file())
+            paths = sorted(each for each in path.iterdir()
+                           if each.suffix.lower() in PICTURE_SUFFIXES and each.is_file())
         else:
             paths = [Path(each) for each in sorted(glob.glob(pattern, recursive=True)) if Path(each).is_file()]
         if not paths:
@@ -253,88 +300,63 @@ def find_model() -> Path:
     return found[0]
 
 
-def figure_paths(out: str, pictures: Sequence[Path]) -> list[Path]:
-    """Where each picture's figure goes: one file, a page for all, or a folder of files."""
-    suffix = Path(out).suffix.lower()
-    if Path(out).is_dir() or suffix not in SUFFIXES | PAGES | {".pdf", ".svg", ".eps", ".mp4"}:
-        paths = [Path(out) / f"{picture.stem}_attention.png" for picture in pictures]
-    elif suffix in PAGES or (len(pictures) == 1 and suffix in {".png", ".gif"}):
-        paths = [Path(out)]
-    else:
-        raise UsageError(f"--out {out}: for one picture a .png or .gif file, for several an .html file or a folder")
-    lost = {path.resolve() for path in paths} & {picture.resolve() for picture in pictures}
-    if lost or len(set(paths)) < len(paths):
-        raise InputError(f"--out {out}: figures of pictures with the same name, or the picture itself, would be lost")
-    return paths
-
-
-def draw(path: Path, figure_path: Path, hypothesis: Hypothesis, rev_word_map: dict[int, str], smooth: bool) -> None:
-    """Where the model looked in a picture, as a .gif or a .png file."""
-    with atomic_write(figure_path, "wb") as file:
-        if figure_path.suffix.lower() == ".gif":
-            write_gif(file, path, to_caption(hypothesis, rev_word_map), smooth)
-        else:
-            figure = visualize_att(path, hypothesis.sequence, to_grid(hypothesis.alphas), rev_word_map, smooth)
-            figure.savefig(file, format="png", dpi=80)
-
-
-def check_choice(args: argparse.Namespace) -> None:
-    """How the beam's captions are ranked, in caption.py and in eval.py."""
-    if not 0 <= args.length_penalty <= 2:
-        raise UsageError(f"--length_penalty {args.length_penalty:g}: from 0 to 2")
-    if args.length_penalty and args.consensus:
-        raise UsageError("--length_penalty and --consensus are two ways to choose among the beam's captions; name one")
-
-
-def read_pictures(paths: Sequence[Path], unreadable: list[tuple[Path, InputError]]) -> dict[Path, Image.Image]:
-    """What the model sees of each file, 256 x 256; files that cannot be read are put on the list."""
+def read_pictures(paths: Sequence[Path], unreadable: list[tuple[Path, InputError]]) -> dict[Path, Tensor]:
+    """What the model sees of each file, (3, 256, 256); files that cannot be read are put on the list."""
     pictures = {}
     for path in paths:
         try:
-            pictures[path] = Image.fromarray(read_image(path).transpose(1, 2, 0))
+            pictures[path] = torch.from_numpy(read_image(path))
         except InputError as error:
             unreadable.append((path, error))
     return pictures
 
 
+def line_of(path: Path, caption: Caption, probabilities: bool) -> str:
+    """A caption as it stands in the terminal."""
+    words = caption.words
+    if probabilities:  # none of <end>
+        words = [f"{word} ({math.exp(log_prob):.0%})" for word, log_prob
+                 in zip(words, caption.word_log_probs, strict=False)]
+    return printable(f"{path}: {' '.join(words)}{'' if caption.finished else ' ...'}")
+
+
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions pictures, prints and returns the results. Where some cannot be read, it fails after all others."""
-    if min(args.beam_size, args.batch_size, args.max_len, args.n_best) < 1 or args.n_best > args.beam_size:
-        raise UsageError("--beam_size, --batch_size, --max_len and --n_best are 1 or more; --n_best <= --beam_size")
-    check_choice(args)
-    if args.json and Path(args.json).suffix.lower() in SUFFIXES | PAGES:
+    if args.n_best > args.beam_size:
+        raise UsageError(f"--n_best {args.n_best}: a beam of {args.beam_size} finds no more than that; widen it with "
+                         "--beam_size")
+    search = Search.from_args(args, args.beam_size, args.n_best)
+    if args.json and Path(args.json).suffix.lower() in PICTURE_SUFFIXES | PAGES:
         raise UsageError(f"--json {args.json}: the results would overwrite a picture or a page; name another file")
     pictures = find_pictures(args.img)
-    figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}
+    figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}  # a page: one
     page = any(path.suffix.lower() in PAGES for path in figures.values())
     model = load(args.model or find_model(), args.word_map, args.device, args.precision)
     gc.enable()
 
     results, shown, rev_word_map = [], [], reverse(model.word_map)
     unreadable: list[tuple[Path, InputError]] = []
-    first_ones = range(0, len(pictures), args.batch_size)
-    bar = progress(first_ones, "captions", "batch", len(first_ones) > 1)
+    starts = range(0, len(pictures), args.batch_size)
+    bar = progress_bar(starts, "captions", "batch", len(starts) > 1)
     for i in bar:
         batch = read_pictures(pictures[i:i + args.batch_size], unreadable)
-        found = caption_paths(model, list(batch.values()), args.beam_size, args.max_len, args.n_best,
-                              args.length_penalty, args.consensus) if batch else []
-        for path, hypotheses in zip(batch, found, strict=True):
-            captions = [to_caption(each, rev_word_map) for each in hypotheses]
+        found = caption_pixels(model, torch.stack(list(batch.values())), search) if batch else []
+        for path, captions in zip(batch, found, strict=True):
             results.append({"image": str(path), "captions": [
-                {"caption": " ".join(each.words), "log_prob": each.log_prob, "finished": each.finished}
-                for each in captions]})
+                {"caption": " ".join(each.words), "log_prob": each.log_prob, "finished": each.finished,
+                 "word_log_probs": each.word_log_probs} for each in captions]})
             if args.json != "-":
                 for each in captions:
-                    bar.write(printable(f"{path}: {' '.join(each.words)}{'' if each.finished else ' ...'}"))
+                    bar.write(line_of(path, each, args.probabilities))
             if page:
                 shown.append(html_figure(path, path.name, captions))
             elif figures:
-                draw(path, figures[path], hypotheses[0], rev_word_map, args.smooth)
+                draw_figure(path, figures[path], captions[0], rev_word_map, args.smooth)
     if not results:
         raise all_unreadable(unreadable)
     if page:
         write_page(args.out, "What the model saw", {"": shown}, args.smooth)
-    text = printable(json.dumps(results, indent=2, ensure_ascii=False))  # a file's name may hold what is no letter
+    text = printable(json.dumps(results, indent=2, ensure_ascii=False))  # file names may hold unprintable characters
     if args.json == "-":
         print(text)
     elif args.json:
@@ -347,4 +369,4 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     run_script(main, get_parser())
-    os._exit(0)  # to take PyTorch's objects apart one by one would take 0.9 s
+    os._exit(0)  # speed, skip it: all is written and flushed, and to take PyTorch's objects apart takes 0.9 s

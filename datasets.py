@@ -19,27 +19,41 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from safety.checkpoints import check_word_map
 from safety.errors import InputError, UsageError, reason
+from safety.hdf5 import open_array, own_array, own_ids
 from safety.signals import ignore_signals
-from utils import World
+from utils import World  # rank, size (how many processes) and device
 
 IMAGE_SIZE = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
 PREPROCESSING = {"image_size": IMAGE_SIZE, "mean": list(MEAN), "std": list(STD)}  # what a checkpoint records
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # taken from a folder
 DATA_HINT = """Two commands make and use a data set, once its pictures and Karpathy's dataset_coco.json are here:
   python create_input_files.py --dataset coco --karpathy_json_path dataset_coco.json --image_folder .
   python train.py"""
 
 
-def open_image(image: str | Path | Image.Image) -> AbstractContextManager[Image.Image]:
-    """A picture file, opened for a while; or a picture that Pillow opened already, which stays open."""
-    return nullcontext(image) if isinstance(image, Image.Image) else Image.open(image)
+AnyPicture = str | Path | Image.Image | np.ndarray | Tensor  # a file; Pillow's; (H, W, 3) uint8; (3, H, W) uint8
 
 
-def read_image(path: str | Path | Image.Image) -> np.ndarray:
+def open_image(image: AnyPicture) -> AbstractContextManager[Image.Image]:
+    """A picture file, opened for a while; or a picture that is in memory already, which stays there."""
+    if isinstance(image, (str, Path)):
+        return Image.open(image)
+    if isinstance(image, Image.Image):
+        return nullcontext(image)
+    pixels = image.movedim(0, -1).cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if pixels.dtype != np.uint8:
+        raise TypeError(f"its numbers are {pixels.dtype}, and not uint8, 0 to 255")
+    if pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise TypeError(f"its shape is {tuple(image.shape)}, and not (H, W, 3) of an array or (3, H, W) of a tensor")
+    return nullcontext(Image.fromarray(pixels))
+
+
+def read_image(path: AnyPicture) -> np.ndarray:
     """A picture file, or a picture, to pixels (3, 256, 256), uint8, RGB: the one way into every script.
 
     Any mode that Pillow reads: turned as its EXIF data say, 16 bits brought to 8, transparent parts on white, of an
@@ -55,16 +69,9 @@ def read_image(path: str | Path | Image.Image) -> np.ndarray:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such picture") from error
     except Exception as error:  # a damaged picture can fail in any way
-        raise InputError(f"{path}: this picture cannot be read ({reason(error)}); replace it, or leave it "
+        name = path if isinstance(path, (str, Path)) else f"a picture given as {type(path).__name__}"
+        raise InputError(f"{name}: this picture cannot be read ({reason(error)}); replace it, or leave it "
                          "out") from error
-
-
-def all_unreadable(unreadable: Sequence[tuple[Path, InputError]]) -> InputError:
-    """What to say of several pictures that `read_image` refused: all of the first, and the names of a few more."""
-    (_, first), *others = unreadable
-    names = ", ".join(str(path) for path, _ in others[:5])
-    return InputError(f"{first} (and {len(others)} more: {names}{', ...' if others[5:] else ''})" if others else
-                      str(first))
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -83,7 +90,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def normalize(images: Tensor, device: torch.device) -> Tensor:
     """Bytes (N, 3, H, W) to the floats that encoders expect, on the device."""
     images = images.to(device, non_blocking=True).float().div_(255)
-    # Made on the device: a copy to it would wait for all that it still has to do.
+    # Made on the device: copying them there would wait for a GPU.
     mean, std = (torch.stack([images.new_full((1, 1), value) for value in values]) for values in (MEAN, STD))
     return images.sub_(mean).div_(std)
 
@@ -94,24 +101,10 @@ def augment(images: Tensor) -> Tensor:
     Half of them are mirrored; of each a part, 50 to 100 % of it, is enlarged again; brightness and contrast change by
     up to 30 %, saturation by up to 20 %, and hue not at all: captions name colours.
     """
-    from torchvision.transforms.v2 import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop  # slow
+    from torchvision.transforms.v2 import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop  # a slow import
     change = Compose([RandomHorizontalFlip(), RandomResizedCrop(images.shape[-2:], scale=(0.5, 1), ratio=(0.9, 1.1)),
                       ColorJitter(brightness=0.3, contrast=0.3, saturation=0.2)])
     return torch.stack([change(image) for image in images])
-
-
-def check_pixels(images: Sequence[np.ndarray], where: str) -> None:
-    """Stops where pictures are nearly black or nearly constant, before days are spent on them.
-
-    The commonest cause: floats from 0 to 1 (as scikit-image's resize gives) stored as bytes, which makes them 0 or 1.
-    """
-    sample = [np.asarray(images[i]) for i in np.linspace(0, len(images) - 1, min(len(images), 64)).astype(int)]
-    spread = float(np.median([picture.std() for picture in sample]))
-    mean = float(np.mean([picture.mean() for picture in sample]))
-    if mean < 4 or spread < 4:
-        raise InputError(f"{where}: the pictures are nearly black or constant (mean {mean:.2f}, spread {spread:.2f} of "
-                         "255; photographs have about 115 and 60). Were floats from 0 to 1 stored as bytes? Mend "
-                         "them and make the files again with create_input_files.py --overwrite")
 
 
 def load_word_map(data_folder: str | Path, data_name: str) -> dict[str, int]:
@@ -124,7 +117,7 @@ def load_word_map(data_folder: str | Path, data_name: str) -> dict[str, int]:
         raise UsageError(f"--data_name {data_name}: a name, not a path; say where it is with --data_folder")
     path = Path(data_folder) / f"WORDMAP_{data_name}.json"
     if not path.is_file():
-        found = sorted(each.name[len("WORDMAP_"):-len(".json")] for each in Path(data_folder).glob("WORDMAP_*.json"))
+        found = sorted(other.name[len("WORDMAP_"):-len(".json")] for other in path.parent.glob("WORDMAP_*.json"))
         hint = f"There is: --data_name {' or '.join(found)}" if found else DATA_HINT
         raise InputError(f"no data set {data_name} in {data_folder} (--data_folder, --data_name). {hint}")
     return read_word_map(path)
@@ -156,21 +149,13 @@ def words_of(sequence: Sequence[int], rev_word_map: dict[int, str]) -> list[str]
     return [word for word in words if word not in {"<start>", "<end>", "<pad>"}]
 
 
-def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """What the file itself holds under this name: HDF5 can also point into any other file that the user may read."""
-    own = isinstance(file.get(name, getlink=True), h5py.HardLink) and isinstance(file[name], h5py.Dataset)
-    if not own or file[name].external or file[name].is_virtual:
-        raise ValueError(f"its {name} are not in the file itself")
-    return file[name]
-
-
 class CaptionDataset(Dataset):
     """The captions of a split with their pictures, caption by caption.
 
     Args:
         data_folder, data_name: where create_input_files.py put the files, and their base name.
         split: "TRAIN", "VAL" or "TEST".
-        transform: applied to the picture, (3, 256, 256) uint8.
+        transform: applied to the picture, bytes to bytes (3, 256, 256); not used by our scripts.
 
     Raises:
         InputError: a file is missing, or the files do not belong together.
@@ -185,8 +170,8 @@ class CaptionDataset(Dataset):
         self.path = folder / f"{split}_IMAGES_{data_name}.hdf5"
         references = folder / f"{split}_REFERENCES_{data_name}.json"
         self.references_path = references if references.is_file() else None
-        self.features: Sequence[Tensor] | None = None  # instead of the pictures, see training/features.py
-        self._open: tuple[int, Any] | None = None  # (process, pictures)
+        self.features: Sequence[Tensor] | None = None  # with train.py --cache_features: given instead of the pictures
+        self._opened: dict[int, Any] = {}  # the pictures' file, by process
         n_words = len(load_word_map(folder, data_name))
         captions = read_json(folder / f"{split}_CAPTIONS_{data_name}.json")
         lengths = read_json(folder / f"{split}_CAPLENS_{data_name}.json")
@@ -197,67 +182,70 @@ class CaptionDataset(Dataset):
             self.caplens = np.array(lengths, dtype=np.int32).reshape(len(lengths))    # (captions,)
             with h5py.File(self.path, "r") as file:
                 self.cpi = int(file.attrs["captions_per_image"])
-                self.n_images, *shape = (images := own_dataset(file, "images")).shape
-                pixels = f"{images.dtype} {tuple(shape)}"
-                ids = own_dataset(file, "image_ids") if "image_ids" in file else np.arange(len(captions) // self.cpi)
-                fitting_ids = ids.shape == (self.n_images,) and ids.dtype.kind in "iu"
-                self.image_ids = ids[:].tolist() if fitting_ids else []
+                images = own_array(file, "images")  # in the file itself: a stranger's may lead to any other
+                self.n_images = len(images)
+                self.image_ids = own_ids(file, len(images), len(captions) // self.cpi)  # both must be so many
+                pixels = f"{images.dtype} {images.shape[1:]}"  # for a message, if it is not as it should be
         except BlockingIOError as error:
             raise InputError(f"{self.path}: another program is writing it; try again when it is done") from error
         except (OSError, KeyError, ValueError, TypeError, ArithmeticError) as error:
             raise InputError(f"{self.path}, or the captions beside it, cannot be read ({reason(error)}); make them "
                              "again with create_input_files.py --overwrite") from error
-        lowest, highest = int(self.captions.min(initial=0)), int(self.captions.max(initial=0))
-        if (pixels != f"uint8 {(3, IMAGE_SIZE, IMAGE_SIZE)}" or lowest < 0 or highest >= n_words or not fitting_ids
-                or not self.n_images * self.cpi == len(captions) == len(lengths) or self.caplens.min(initial=2) < 2
-                or np.any((self.captions > 0).sum(-1) != self.caplens)):  # <pad> is 0
-            raise InputError(f"{self.path} holds {self.n_images} pictures, {pixels}, {self.cpi} captions each; beside "
-                             f"it are {len(captions)} captions of words from {lowest} to {highest}, {len(lengths)} "
-                             f"lengths and {n_words} words. They do not belong together; make them again with "
-                             "create_input_files.py --overwrite")
+        if misfit := self._misfit(pixels, n_words):
+            raise InputError(f"{self.path} and the captions beside it do not belong together: {misfit}; make them "
+                             "again with create_input_files.py --overwrite")
         if n_words <= np.iinfo(np.int16).max:
-            self.captions = self.captions.astype(np.int16)
+            self.captions = self.captions.astype(np.int16)  # half the memory
+
+    def _misfit(self, pixels: str, n_words: int) -> str | None:
+        """What is wrong with the files, if each of them can be read but they were not made together."""
+        if pixels != f"uint8 {(3, IMAGE_SIZE, IMAGE_SIZE)}":
+            return f"pictures are {pixels}, not uint8 {(3, IMAGE_SIZE, IMAGE_SIZE)}"
+        if not self.n_images * self.cpi == len(self.captions) == len(self.caplens):
+            return (f"{self.n_images} pictures of {self.cpi} captions each, but {len(self.captions)} captions and "
+                    f"{len(self.caplens)} lengths")
+        if self.image_ids is None:
+            return f"image_ids are not {self.n_images} whole numbers"
+        lowest, highest = int(self.captions.min(initial=0)), int(self.captions.max(initial=0))
+        if lowest < 0 or highest >= n_words:
+            return f"words from {lowest} to {highest}, but a word map of {n_words}"
+        if self.caplens.min(initial=2) < 2 or np.any((self.captions > 0).sum(-1) != self.caplens):  # <pad> is 0
+            return "lengths are not those of the captions"
+        return None
 
     @property
     def images(self) -> Any:
-        """All pictures, (I, 3, 256, 256) uint8, indexed like an array but read when asked for.
+        """All I pictures, (I, 3, 256, 256) uint8, indexed like an array but read when asked for.
 
-        An HDF5 handle must not cross into another process, so each process maps the file when it first needs it. The
-        block of pixels is contiguous, and a memory map reads it without HDF5's lock and bookkeeping.
+        An HDF5 handle must not cross into another process, so each process opens the file when it first needs it.
         """
-        if self._open is None or self._open[0] != os.getpid():
-            try:
-                with h5py.File(self.path, "r") as file:
-                    offset, shape = file["images"].id.get_offset(), file["images"].shape
-                pictures = (np.memmap(self.path, np.uint8, "r", offset, shape) if offset is not None
-                            else h5py.File(self.path, "r")["images"])  # somebody stored them in chunks
-            except OSError as error:
-                raise InputError(f"{self.path} cannot be read any more ({error}); bring it back, and go on from the "
-                                 "last checkpoint") from error
-            self._open = (os.getpid(), pictures)
-        return self._open[1]
+        process = os.getpid()
+        if process not in self._opened:
+            self._opened = {process: open_array(self.path, "images")}
+        return self._opened[process]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}
+        return {**self.__dict__, "_opened": {}}
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def picture(self, i: int) -> Tensor:
-        """Picture (3, 256, 256) uint8; or its features (h, w, C), where they are kept."""
-        if self.features is None:
-            image = torch.from_numpy(np.array(self.images[i]))
-            return image if self.transform is None else self.transform(image)
-        return self.features[i]
+        """Picture i, (3, 256, 256) uint8; or its features (h, w, C), where they are kept."""
+        if self.features is not None:
+            return self.features[i]
+        image = torch.from_numpy(np.array(self.images[i]))
+        return image if self.transform is None else self.transform(image)
 
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
-        """Picture (3, 256, 256) uint8, caption (L,) and length (1,); for VAL and TEST all its captions (5, L) too."""
+        """Picture (3, 256, 256) uint8, caption (L,) and length (1,): what train.py takes, without --whole_images. Of
+        VAL and TEST all captions of the picture (5, L) too, as in the original; our validation takes `Pictures`."""
         image = self.picture(i // self.cpi)
         caption, length = torch.from_numpy(self.captions[i]).long(), torch.tensor([int(self.caplens[i])])
         if self.split == "TRAIN":
             return image, caption, length
-        first = i // self.cpi * self.cpi
-        return image, caption, length, torch.from_numpy(self.captions[first:first + self.cpi]).long()
+        start = i // self.cpi * self.cpi
+        return image, caption, length, torch.from_numpy(self.captions[start:start + self.cpi]).long()
 
     def references(self, word_map: dict[str, int]) -> list[list[list[str]]]:
         """For each picture all that people wrote of it, as words.
@@ -265,25 +253,27 @@ class CaptionDataset(Dataset):
         Folders made by the original tutorial hold only encoded captions; the words that are <unk> there become one
         that no caption can match.
         """
-        if self.references_path:
-            references = read_json(self.references_path)
-            try:
-                words = all(type(word) is str for picture in references for caption in picture for word in caption)
-                fitting = words and len(references) == self.n_images and all(references)
-            except TypeError:
-                fitting = False
-            if not fitting:
-                count = len(references) if isinstance(references, list) else "no"
-                raise InputError(f"{self.references_path} is of {count} pictures, or of other than words; {self.path} "
-                                 f"holds {self.n_images}; make them again with create_input_files.py --overwrite")
-            return references
-        words = reverse(word_map) | {word_map["<unk>"]: "<unknown>"}
-        sentences = [words_of(caption, words) for caption in self.captions.tolist()]
-        return [sentences[i:i + self.cpi] for i in range(0, len(sentences), self.cpi)]
+        if self.references_path is None:
+            words = reverse(word_map) | {word_map["<unk>"]: "<unknown>"}
+            sentences = [words_of(caption, words) for caption in self.captions.tolist()]
+            return [sentences[i:i + self.cpi] for i in range(0, len(sentences), self.cpi)]
+        references = read_json(self.references_path)
+        try:
+            words = {type(word) for picture in references for caption in picture for word in caption}
+            fitting = words <= {str} and len(references) == self.n_images and all(references)
+        except TypeError:
+            fitting = False
+        if not fitting:
+            count = len(references) if isinstance(references, list) else "no"
+            raise InputError(f"{self.references_path} holds captions of {count} pictures, or something other than "
+                             f"words; {self.path} holds {self.n_images}; make them again with create_input_files.py "
+                             "--overwrite")
+        return references
 
 
 class Pictures(Dataset):
-    """The pictures of a split, each once with all its captions: picture, captions (5, L), lengths (5,)."""
+    """The pictures of a split, each once with all its captions: picture, captions (5, L), lengths (5,). For validation,
+    eval.py, and train.py --whole_images."""
 
     def __init__(self, dataset: CaptionDataset) -> None:
         self.dataset = dataset
@@ -299,21 +289,22 @@ class Pictures(Dataset):
 
 
 class EpochSampler(Sampler[list[int]]):
-    """Batches of an epoch in an order that depends on seed and epoch alone, so that a run can be taken up anywhere.
+    """Batches of an epoch in an order that depends on seed and epoch alone, so that a run can resume at any step.
 
-    A batch of all processes together is `batch_size * world_size` items, dealt to them like cards. The epoch's last
-    batch may have fewer items than there are processes: then the others get one whose loss must not count.
+    A step takes `batch_size` items for each rank: rank r gets items r, r + W, r + 2W, ... of the W ranks' batch. The
+    epoch's last batch may have fewer items than there are ranks: the others get a dummy item, since gradients are
+    averaged over all ranks, and its loss must not count.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
-        self.batch_size = batch_size * world_size
-        self.steps = -(-length // self.batch_size)
+        self.global_batch_size = batch_size * world_size
+        self.steps = -(-length // self.global_batch_size)
         self.epoch, self.first_step = 0, 0
 
-    def counts(self, step: int) -> bool:
-        """Whether this process's share of a step is its own, and not a stopgap at the epoch's end."""
-        return self.rank < self.length - step * self.batch_size
+    def has_share(self, step: int) -> bool:
+        """Whether this rank has items of its own in a step, and not a dummy."""
+        return self.rank < self.length - step * self.global_batch_size
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -322,19 +313,25 @@ class EpochSampler(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator)
         for step in range(self.first_step, self.steps):
-            batch = order[step * self.batch_size:(step + 1) * self.batch_size]
-            yield (batch[self.rank::self.world_size] if self.counts(step) else batch[:1]).tolist()
+            batch = order[step * self.global_batch_size:(step + 1) * self.global_batch_size]
+            yield (batch[self.rank::self.world_size] if self.has_share(step) else batch[:1]).tolist()
 
 
 def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, world: World) -> DataLoader:
-    """Batches of pictures, each once, of this process's share: every world_size-th picture from the rank-th on."""
-    share = torch.utils.data.Subset(Pictures(dataset), range(world.rank, dataset.n_images, world.size))
+    """Batches of this rank's share of the pictures, each once: every world.size-th picture from the rank-th on."""
+    share = Subset(Pictures(dataset), range(world.rank, dataset.n_images, world.size))
     return DataLoader(share, batch_size, num_workers=workers, worker_init_fn=ignore_signals,
                       pin_memory=world.device.type == "cuda")
 
 
-def encode(encoder: nn.Module, pictures: Tensor, device: torch.device) -> Tensor:
-    """Features (N, h, w, C) of pictures (N, 3, 256, 256), unless they are features already."""
-    if pictures.dtype == torch.uint8:
-        return encoder.grid(normalize(pictures, device))
-    return pictures.to(device, non_blocking=True)
+def encode(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """What a decoder looks at: bytes (N, 3, 256, 256) to features (N, h, w, C). Features that are cached already stay.
+
+    A decoder that pools by itself (`map_size`) gets the encoder's own map, if that encoder gives it (`grid`).
+    """
+    if images.is_floating_point():
+        return images.to(device, non_blocking=True)
+    images = normalize(images, device)
+    if getattr(decoder, "map_size", None) and hasattr(encoder, "grid"):
+        return encoder.grid(images)
+    return encoder(images)

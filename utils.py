@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from safety.errors import InputError
-from safety.signals import SIGNALS
+from safety.signals import SIGNALS  # the numbers of those that came
 
 
 class World(NamedTuple):
@@ -37,7 +37,7 @@ def setup_world(device: str | None, precision: str | None) -> tuple[World, str]:
     if chosen.type == "cpu":
         keep_freed_memory()
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # gloo: signals, captions
                                 timeout=timedelta(minutes=30))  # while rank 0 downloads weights, say
     native = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = precision or ("bfloat16" if native else "float32")
@@ -82,7 +82,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def loader_workers(workers: int | None, device: torch.device) -> int:
     """How many DataLoader workers, if the user does not say: on a CPU they would only disturb the arithmetic."""
-    return int(device.type == "cuda") if workers is None else workers
+    if workers is None:
+        return 1 if device.type == "cuda" else 0
+    return workers
 
 
 def gather(value: Any, world: World) -> list[Any]:
@@ -93,6 +95,15 @@ def gather(value: Any, world: World) -> list[Any]:
     return values
 
 
+def gather_in_order(items: list[Any], world: World) -> list[Any]:
+    """The items of all ranks, in their own order again: of W ranks, rank r has items r, r + W, r + 2W, ..."""
+    shares = gather(items, world)
+    ordered: list[Any] = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        ordered[rank::world.size] = share
+    return ordered
+
+
 def broadcast(value: Any, world: World) -> Any:
     """Rank 0's value, on every rank."""
     values = [value]
@@ -101,22 +112,22 @@ def broadcast(value: Any, world: World) -> Any:
     return values[0]
 
 
-def broadcast_tensors(tensors: list[Tensor], world: World) -> None:
-    """Overwrites the tensors of all ranks with rank 0's."""
+def sum_over(tensor: Tensor, world: World) -> Tensor:
+    """The sum of all ranks' tensors, on every rank; in place."""
     if world.size > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
+        dist.all_reduce(tensor)
+    return tensor
 
 
-def first_signal(world: World) -> int:
-    """The number of a signal that any process was sent, or 0; the same on every rank, so that all stop together."""
+def signal_of_any(world: World) -> int:
+    """The number of a signal that some process was sent, or 0; the same on every rank, so that all stop together."""
     number = torch.tensor(max(SIGNALS, default=0))
     if world.size > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU: the GPU is not waited for
     return int(number)
 
 
-def progress(iterable: Any, description: str, unit: str, show: bool = True, **options: Any) -> tqdm:
+def progress_bar(iterable: Any, description: str, unit: str, show: bool = True, **options: Any) -> tqdm:
     """A progress bar, redrawn rarely where nobody watches (a log file)."""
     return tqdm(iterable, desc=description, unit=unit, disable=not show, leave=False, dynamic_ncols=True,
                 mininterval=0.5 if sys.stderr.isatty() else 60, **options)
@@ -127,7 +138,7 @@ def progress(iterable: Any, description: str, unit: str, show: bool = True, **op
 def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor, int]:
     """Pretrained word vectors (V, E) in GloVe's text format, a word and its numbers a line; and how many were found.
 
-    Words that are not in the file get uniform random numbers of GloVe-like variance.
+    Words that are not in the file get uniform random values.
     """
     rows: dict[int, list[float]] = {}
     size = line_number = 0
@@ -161,12 +172,3 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
 def adjust_learning_rate(optimizer: torch.optim.Optimizer, shrink_factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] *= shrink_factor
-
-
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Adds up the gradients of all processes: with losses divided by global counts, those of the whole batch."""
-    gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in parameters]
-    flat = torch.cat([each.flatten() for each in gradients])
-    dist.all_reduce(flat)
-    for parameter, piece in zip(parameters, flat.split([each.numel() for each in gradients]), strict=True):
-        parameter.grad = torch.empty_like(parameter).copy_(piece.view_as(parameter))  # in the parameter's own layout

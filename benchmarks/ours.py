@@ -29,11 +29,14 @@ from benchmarks.setting import (
     rate,
     to_float64,
 )
+from caption import Search
 from create_input_files import create_input_files
 from datasets import CaptionDataset, EpochSampler, Pictures, encode, load_word_map
 from eval import generate_captions
-from models import Hypothesis
+from models import Caption
 from training.features import keep_features
+from training.progress import Progress, mean_loss
+from training.resume import output_files
 from utils import autocast, loader_workers, setup_world
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -50,18 +53,19 @@ def make_run(setting: Setting, precision: str, **arguments: object) -> train.Run
     world, precision = setup_world(setting.device, precision)
     args.workers = loader_workers(args.workers, world.device)
     dataset = CaptionDataset(setting.data, NAME, "TRAIN")
-    return train.Run(args, world, precision, lambda *_: None, load_word_map(setting.data, NAME), dataset, dataset,
-                     [])
+    return train.Run(args, output_files(args), world, precision, lambda *_: None, load_word_map(setting.data, NAME),
+                     dataset, dataset, [])
 
 
-def load_learner(setting: Setting, run: train.Run, stage: int, decoder_weights: str = "decoder") -> train.Learner:
+def load_training(setting: Setting, run: train.Run, stage: int, decoder_weights: str = "decoder") -> train.Training:
     """Models and optimizers of a stage, with the weights that the baseline has too."""
-    learner = train.make_learner(stage, None, run)
+    training = train.build_training(run, stage, None)
     weights = torch.load(setting.weights_path, weights_only=True)
-    learner.encoder.load_state_dict(weights["encoder"])
-    learner.decoder.load_state_dict(weights[decoder_weights])
-    learner.decoder.train()
-    return learner
+    encoder, decoder, *_ = training.captioner
+    encoder.load_state_dict(weights["encoder"])
+    decoder.load_state_dict(weights[decoder_weights])
+    decoder.train()
+    return training
 
 
 @contextlib.contextmanager
@@ -73,11 +77,11 @@ def quiet() -> Iterator[None]:
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-def load_batches(setting: Setting, run: train.Run, learner: train.Learner, stage: int,
+def load_batches(setting: Setting, run: train.Run, models: train.Training, stage: int,
                  features_kept: bool = False) -> DataLoader:
     """Batches of an epoch, as train.run_stage makes them; the features, if they are kept, are computed first."""
     if features_kept:
-        keep_features(run.train, learner.encoder, run.world.device, run.precision, run.args.workers, False)
+        keep_features(run.train, models.captioner, run.args.workers, False)
     pictures = Pictures(run.train)
     sampler = EpochSampler(len(pictures), max(1, setting.batch_size[stage - 1] // CAPTIONS_PER_IMAGE), 0)
     return DataLoader(pictures, batch_sampler=sampler, num_workers=run.args.workers,
@@ -87,11 +91,11 @@ def load_batches(setting: Setting, run: train.Run, learner: train.Learner, stage
 def steps(setting: Setting, stage: int, features_kept: bool = False) -> Iterator[int]:
     """Training without end; each step says how many captions it took."""
     run = make_run(setting, setting.precision)
-    learner = load_learner(setting, run, stage)
-    loader = load_batches(setting, run, learner, stage, features_kept)
+    models = load_training(setting, run, stage)
+    loader = load_batches(setting, run, models, stage, features_kept)
     while True:
         for batch in loader:
-            train.train_step(run, learner, batch, 0.0, True)
+            train.train_step(run, models, batch)
             yield batch[1].flatten(0, -2).size(0)
         loader.batch_sampler.epoch += 1
 
@@ -108,30 +112,29 @@ def training_proof(setting: Setting, stage: int, dtype: str = "float32",
     With `features_kept` the features come from the disk, kept there in float32.
     """
     run = make_run(setting, "float32", dropout=0.0)
-    learner = load_learner(setting, run, stage)
+    models = load_training(setting, run, stage)
+    encoder, decoder, *_ = models.captioner
     if dtype == "float64":
-        learner.encoder.double().resnet.register_forward_pre_hook(to_float64)
-        learner.decoder.double()
-        pooling = learner.encoder.pooling  # makes a matrix of float32 whatever the features are
-        learner.encoder.pooling = lambda grid: pooling(grid).double()
+        encoder.double().resnet.register_forward_pre_hook(to_float64)
+        decoder.double()
     if features_kept:
-        keep_features(run.train, learner.encoder, run.world.device, "float32", 0, False)
+        keep_features(run.train, models.captioner, 0, False)
     pictures = Pictures(run.train)
     items = [pictures[i] for i in range(setting.proof_pictures)]
     batch = tuple(torch.stack(each) for each in zip(*items, strict=True))
-    totals = train.train_step(run, learner, batch, 0.0, True)
+    totals = train.train_step(run, models, batch)
     gradients = {f"{model}.{name}": each.grad.norm().item() for model, module in
-                 (("encoder", learner.encoder), ("decoder", learner.decoder))
+                 (("encoder", encoder), ("decoder", decoder))
                  for name, each in module.named_parameters() if each.grad is not None}
-    return {"loss": train.loss_of(totals.tolist(), run.args.alpha_c), **gradients}
+    return {"loss": mean_loss(totals.tolist(), run.args.alpha_c), **gradients}
 
 
 def memory(setting: Setting, stage: int) -> int:
     """Bytes at the peak of two training steps: the second has Adam's averages too. For a process of its own."""
     run = make_run(setting, setting.precision)
-    learner = load_learner(setting, run, stage)
-    batch = next(iter(load_batches(setting, run, learner, stage)))
-    return peak_bytes(lambda: [train.train_step(run, learner, batch, 0.0, True) for _ in range(2)], setting.device)
+    models = load_training(setting, run, stage)
+    batch = next(iter(load_batches(setting, run, models, stage)))
+    return peak_bytes(lambda: [train.train_step(run, models, batch) for _ in range(2)], setting.device)
 
 
 def arithmetic(setting: Setting) -> dict[str, float]:
@@ -142,9 +145,9 @@ def arithmetic(setting: Setting) -> dict[str, float]:
                          dtype=torch.bfloat16 if setting.precision == "bfloat16" else torch.float32)
     works: dict[str, Callable[[], object]] = {}
     for stage, kept, name in ((1, True, "decoder, a step of stage 1"), (2, False, "both, a step of stage 2")):
-        learner = load_learner(setting, run, stage)
-        batch = next(iter(load_batches(setting, run, learner, stage, kept)))
-        works[name] = partial(train.train_step, run, learner, batch, 0.0, True)
+        models = load_training(setting, run, stage)
+        batch = next(iter(load_batches(setting, run, models, stage, kept)))
+        works[name] = partial(train.train_step, run, models, batch)
         run.train.features = None
     pixels = batch[0].to(device)
     if device.type == "cuda":
@@ -152,7 +155,7 @@ def arithmetic(setting: Setting) -> dict[str, float]:
 
     def encode_pixels() -> None:
         with torch.no_grad(), autocast(device, setting.precision):
-            encode(learner.encoder, pixels, device)
+            encode(models.captioner.encoder, models.captioner.decoder, pixels, device)
 
     works["encoder, forward"] = encode_pixels
     measure = partial(flop_rate, warm_up=setting.warm_up, count=setting.our_steps, device=setting.device)
@@ -162,16 +165,16 @@ def arithmetic(setting: Setting) -> dict[str, float]:
 
 # ---- captions --------------------------------------------------------------------------------------------------------
 
-def search(setting: Setting, precision: str, pictures: int | None = None) -> tuple[list[Hypothesis], float]:
+def search(setting: Setting, precision: str, pictures: int | None = None) -> tuple[list[Caption], float]:
     """A caption for each of the first pictures (or all) of the test split, and the seconds that took."""
     run = make_run(setting, precision)
-    learner = load_learner(setting, run, 1, "speaker")
+    models = load_training(setting, run, 1, "speaker")
     dataset = CaptionDataset(setting.data, NAME, "TEST")
     if pictures is not None:
         dataset.captions, dataset.n_images = dataset.captions[:CAPTIONS_PER_IMAGE * pictures], pictures
     began = now(setting.device)
     with quiet():
-        found = generate_captions(train.captioner(run, learner), dataset, BEAM_SIZE, run.world, SEARCH_BATCH,
+        found = generate_captions(models.captioner, dataset, Search(BEAM_SIZE), run.world, SEARCH_BATCH,
                                   run.args.workers)
     return found, now(setting.device) - began
 
@@ -191,13 +194,13 @@ def evaluation(setting: Setting) -> float:
 def save_checkpoint(setting: Setting) -> Path:
     """BEST_checkpoint_*, as train.py leaves it after a step of stage 2."""
     run = make_run(setting._replace(device="cpu"), "float32")
-    learner = load_learner(setting, run, 2, "speaker")
-    for optimizer in learner.optimizers.values():
+    models = load_training(setting, run, 2, "speaker")
+    for optimizer in models.optimizers.values():
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.zeros_like(parameter)  # Adam gets its averages, and the weights stay
         optimizer.step()
-    train.save(run, learner, train.stage_state(2, None), improved=True)
-    return train.output_path(run.args, "BEST_checkpoint_")
+    train.save(run, models, Progress(2), improved=True)
+    return run.files.best
 
 
 def cold_caption(setting: Setting, checkpoint: Path, picture: Path, *flags: str) -> tuple[float, str]:

@@ -24,11 +24,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are; was this folder, whose demo.py would hide the folder demo
 
-from caption import caption_paths, load, to_grid  # noqa: E402
-from datasets import CaptionDataset, reverse, words_of  # noqa: E402
+from caption import caption_images, load  # noqa: E402
+from datasets import CaptionDataset  # noqa: E402
 from demo.shapes import draw_data_set, shape_of  # noqa: E402
 from eval import bleu  # noqa: E402
-from models import Hypothesis  # noqa: E402
+from models import Caption  # noqa: E402
 from safety.errors import InputError, run_script  # noqa: E402
 
 NAME = "shapes_5_cap_per_img_0_min_word_freq"
@@ -58,16 +58,15 @@ def call(script: str, *arguments: object) -> None:
         raise InputError(f"{script} ended with status {status}; what it said stands above")
 
 
-def looks(hypothesis: Hypothesis, words: Sequence[str], objects: Sequence[dict]) -> list[tuple[bool, float]]:
+def looks(caption: Caption, objects: Sequence[dict]) -> list[tuple[bool, float]]:
     """For each shape that the caption names and the scene holds: did the highest attention fall on it, and the chance.
 
     A pixel of the map stands for a cell of the picture, 32 pixels wide here; it is on an object if it touches its box.
     """
-    grid = to_grid(hypothesis.alphas)                                           # (len, n, n), the first of <start>
-    n = grid.size(1)
+    n = caption.alphas.shape[1]                                                 # of (words, n, n)
     starts, ends = np.arange(n) * 256 / n, np.arange(1, n + 1) * 256 / n
     found = []
-    for word, alpha in zip(words, grid[1:], strict=False):
+    for word, alpha in zip(caption.words, caption.alphas, strict=True):
         boxes = [each["box"] for each in objects if each["shape"] == shape_of(word)]
         if not boxes:
             continue
@@ -81,20 +80,17 @@ def looks(hypothesis: Hypothesis, words: Sequence[str], objects: Sequence[dict])
 def examine(folder: Path) -> dict[str, float]:
     """BLEU-4 on the test scenes, and with the captions of other ones; and where it looked."""
     model = load(folder / f"BEST_checkpoint_{NAME}.pth.tar", device="cpu")
-    word_map, rev_word_map = model.word_map, reverse(model.word_map)
     data = json.loads((folder / "shapes" / "dataset_shapes.json").read_text())["images"]
     boxes = json.loads((folder / "shapes" / "boxes.json").read_text())
     names = [image["filename"] for image in data if image["split"] == "test"]
-    references = CaptionDataset(folder / "data", NAME, "TEST").references(word_map)
+    references = CaptionDataset(folder / "data", NAME, "TEST").references(model.word_map)
 
     paths = [folder / "shapes" / "images" / name for name in names]
-    found = [best[0] for i in range(0, len(paths), 10)
-             for best in caption_paths(model, paths[i:i + 10], beam_size=1)]
-    captions = [words_of(each.sequence, rev_word_map) for each in found]
+    found = [best for best, *_ in caption_images(model, paths, beam_size=1)]
+    captions = [each.words for each in found]
     generator = torch.Generator().manual_seed(0)
     shuffled = [captions[i] for i in torch.randperm(len(captions), generator=generator).tolist()]
-    gazes = [gaze for hypothesis, words, name in zip(found, captions, names, strict=True)
-             for gaze in looks(hypothesis, words, boxes[name])]
+    gazes = [gaze for caption, name in zip(found, names, strict=True) for gaze in looks(caption, boxes[name])]
     return {"bleu4": bleu(references, captions)[3], "bleu4_blind": bleu(references, shuffled)[3],
             "shape_words": len(gazes), "on_object": 100 * float(np.mean([hit for hit, _ in gazes])),
             "by_chance": 100 * float(np.mean([chance for _, chance in gazes]))}

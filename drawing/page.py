@@ -3,26 +3,25 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import string
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from datasets import AnyPicture
 from drawing.panels import fit, light
+from models import Caption
 from safety.files import atomic_write
-
-if TYPE_CHECKING:
-    from caption import Caption
 
 PAGES = {".html", ".htm"}
 TEMPLATE = Path(__file__).with_name("page.html")  # in a file, where an editor knows it for what it is
 
 
-def html_figure(image: str | Path | Image.Image, name: str, captions: Sequence[Caption], note: str = "",
+def html_figure(image: AnyPicture, name: str, captions: Sequence[Caption], note: str = "",
                 references: Sequence[str] = ()) -> str:
     """A picture of the page, its best caption, the others on demand, and what people wrote."""
     picture, (best, *others) = fit(image, 512), captions
@@ -41,10 +40,12 @@ def html_figure(image: str | Path | Image.Image, name: str, captions: Sequence[C
 
 
 def html_words(caption: Caption) -> str:
-    """Words as buttons, each followed by the picture of its weights, which the page's style shows and hides."""
-    words = [f'<button type="button" aria-label="{escape(word)}: {whereabouts(alpha)}">{escape(word)}</button>'
+    """Words as buttons, each followed by the picture of its weights, which the page's style shows and hides. A word
+    that the model was unsure of is underlined."""
+    words = [f'<button type="button" style="--sure: {math.exp(log_prob):.2f}" title="{math.exp(log_prob):.0%} sure" '
+             f'aria-label="{escape(word)}: {whereabouts(alpha)}, {math.exp(log_prob):.0%} sure">{escape(word)}</button>'
              f'<img class="gaze" src="{data_uri(light(alpha), "PNG")}" alt="">'
-             for word, alpha in zip(caption.words, caption.alphas, strict=True)]
+             for word, alpha, log_prob in zip(caption.words, caption.alphas, caption.word_log_probs, strict=False)]
     return " ".join(words) + ("" if caption.finished else " &hellip;")
 
 

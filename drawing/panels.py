@@ -3,20 +3,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from datasets import open_image, to_rgb
-
-if TYPE_CHECKING:
-    from caption import Caption
+from datasets import AnyPicture, open_image, to_rgb
+from models import Caption
 
 DARK = 0.2  # of a pixel's brightness, where the model does not look at all
 
 
-def fit(image: str | Path | Image.Image, size: int) -> Image.Image:
+def fit(image: AnyPicture, size: int) -> Image.Image:
     """A picture in RGB, upright, its longer side this long."""
     with open_image(image) as picture:
         picture = to_rgb(picture)
@@ -67,7 +65,7 @@ def panel(picture: Image.Image, words: Sequence[str], now: int | None = None, al
     return canvas
 
 
-def write_gif(file: IO[bytes], image: str | Path | Image.Image, caption: Caption, smooth: bool = True) -> None:
+def write_gif(file: IO[bytes], image: AnyPicture, caption: Caption, smooth: bool = True) -> None:
     """The gaze moves word by word: the picture alone, a frame for each word, and the picture with all that was said."""
     picture, words = fit(image, 400), caption.words
     looks = [panel(picture, words, i, alpha, smooth) for i, alpha in enumerate(caption.alphas)]

@@ -17,11 +17,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are
 
-from caption import Captioner, caption_images, load, to_grid  # noqa: E402
-from datasets import encode, read_image, reverse, words_of  # noqa: E402
+from caption import Captioner, Search, beam_search, caption_images, load  # noqa: E402
+from datasets import normalize, read_image, reverse  # noqa: E402
 from demo.demo import NAME  # noqa: E402
 from img.draw import LEAD, PHOTOGRAPHS, PHOTOS, RECORD, SCENE, photograph  # noqa: E402
-from models import DecoderWithAttention, build_models  # noqa: E402
+from models import DecoderWithAttention, restore  # noqa: E402
 from safety.checkpoints import load_checkpoint  # noqa: E402
 from safety.errors import InputError, run_script  # noqa: E402
 from safety.files import atomic_write  # noqa: E402
@@ -99,17 +99,16 @@ def record_demo(folder: Path) -> None:
     if not log.is_file():
         raise InputError(f"{log}: no such file; run the demo first, python demo/demo.py")
     checkpoint = load_checkpoint(folder / f"BEST_checkpoint_{NAME}.pth.tar")
-    (encoder, decoder), word_map = build_models(checkpoint), checkpoint["word_map"]
+    (encoder, decoder), word_map = restore(checkpoint), checkpoint["word_map"]
     pixels = read_image(folder / "shapes" / "images" / f"shapes_test_{SCENE:04d}.png")
-    grid = encode(encoder, torch.from_numpy(pixels).unsqueeze(0), torch.device("cpu"))      # (1, h, w, C)
-    features = encoder.adaptive_pool(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)          # (1, n, n, C)
+    features = encoder(normalize(torch.from_numpy(pixels).unsqueeze(0), torch.device("cpu")))  # (1, n, n, C)
     tree = grow(decoder, features, word_map, BEAM_SIZE)
-    best = decoder.beam_search(features, word_map, BEAM_SIZE)[0][0]
-    (lead, *_), = caption_images(Captioner(encoder, decoder, word_map, "float32"),
-                                 [folder / "shapes" / "images" / f"shapes_test_{LEAD:04d}.png"], BEAM_SIZE)
+    [[best]] = beam_search(decoder, features, word_map, Search(BEAM_SIZE))
+    [[lead]] = caption_images(Captioner(encoder, decoder, word_map),
+                              [folder / "shapes" / "images" / f"shapes_test_{LEAD:04d}.png"], beam_size=BEAM_SIZE)
     content = {"log": log_of(log),
-               "words": [*words_of(best.sequence, reverse(word_map)), "<end>"],
-               "alphas": rounded(to_grid(best.alphas)[1:].numpy()),
+               "words": [*best.words, "<end>"],
+               "alphas": rounded(best.sequence_alphas[1:]),
                "lead": {"words": lead.words, "alphas": rounded(lead.alphas)},
                "tree": [[(place, word, round(total, 2), fate) for place, word, total, fate in level] for level in tree]}
     with atomic_write(RECORD) as file:

@@ -55,16 +55,27 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
         if SIGNALS or isinstance(error, KeyboardInterrupt):  # any failure after a signal is its consequence
             if os.environ.get("RANK", "0") == "0":           # one line from all processes
                 print(printable(f"\n{parser.prog}: {resume_hint(args)}"), file=sys.stderr)
+            release_frames(error)
             sys.exit(128 + (error.args[0] if isinstance(error, Stopped) else [*SIGNALS, signal.SIGINT][0]))
         if debug:
             traceback.print_exc()
+        line = in_one_line(error, args)
+        release_frames(error)
         if isinstance(error, UsageError):
-            parser.error(str(error))
-        sys.exit(printable(f"{parser.prog}: {in_one_line(error, args)}"))
+            parser.error(line)
+        sys.exit(printable(f"{parser.prog}: {line}"))
     finally:
         sys.unraisablehook = unraisable
         for bar in list(getattr(tqdm, "_instances", [])):
             bar.close()  # or the line would stand behind a half-drawn bar
+
+
+def release_frames(error: BaseException | None) -> None:
+    """Lets go of what the functions that failed were using. A DataLoader that were still held when Python ends would
+    wait for ever for its workers, which nobody tells to stop."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def drop_what_cannot_be_printed() -> None:

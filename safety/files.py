@@ -42,6 +42,23 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
 
 
 @contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside the path, for a while; if its process is killed, the next `remove_stale` removes it."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming_write_errors(folder):
+        folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY) if os.name == "posix" else None  # elsewhere folders cannot be opened
+    try:
+        if descriptor is not None:
+            lock(descriptor)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
 def naming_write_errors(path: str | Path) -> Iterator[None]:
     """Turns a full disk or a read-only folder into an error that names the file."""
     try:

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 
 RANGES = {"[]": "from {low:g} to {high:g}", "[)": "from {low:g} to below {high:g}",
           "(]": "above {low:g}, up to {high:g}", "()": "above {low:g} and below {high:g}",
           "[": "of {low:g} or more", "(": "above {low:g}"}
+
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     """For argparse's `type=`: a whole number from low to high, both allowed; without high, of low or more."""
@@ -25,13 +27,14 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def real(low: float, high: float = math.inf, ends: str = "[]") -> Callable[[str], float]:
-    """For argparse's `type=`: a number from low to high, never NaN or infinite.
+def real(low: float, high: float | None = None, ends: str = "[]") -> Callable[[str], float]:
+    """For argparse's `type=`: a number from low to high, never NaN; infinite only where high is said to be.
 
     Args:
         ends: "[]", "[)", "(]" or "()", as intervals are written.
     """
-    wanted = (RANGES[ends] if math.isfinite(high) else RANGES[ends[0]]).format(low=low, high=high)
+    wanted = (RANGES[ends[0]] if high in (None, math.inf) else RANGES[ends]).format(low=low, high=high)
+    limit = sys.float_info.max if high is None else high
 
     def parse(text: str) -> float:
         try:
@@ -39,8 +42,8 @@ def real(low: float, high: float = math.inf, ends: str = "[]") -> Callable[[str]
         except ValueError:
             number = math.nan
         above = number > low or (number == low and ends[0] == "[")
-        below = number < high or (number == high and ends[1] == "]")
-        if not (above and below and math.isfinite(number)):
+        below = number < limit or (number == limit and ends[1] == "]")
+        if not (above and below):
             raise argparse.ArgumentTypeError(f"{text}: a number {wanted}")
         return number
 

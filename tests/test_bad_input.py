@@ -164,14 +164,14 @@ CAPTION: dict[str, Case] = {
     "a name that clears the screen": (text("\x1b[2J.png", ""), ["--img", "\x1b[2J.png"], 1, ["\\u001b[2J.png: "]),
     "no picture asked for": (None, ["--img"], 2, ["--img", "--help"]),
     "an unknown flag": (None, ["--beams", "3"], 2, ["unrecognized arguments: --beams", "--help"]),
-    "a beam in words": (None, ["--beam_size", "three"], 2, ["--beam_size", "'three'"]),
-    "a penalty below nothing": (None, ["--length_penalty", "-1"], 2, ["--length_penalty -1", "from 0 to 2"]),
+    "a beam in words": (None, ["--beam_size", "three"], 2, ["--beam_size/-b: three: a whole number of 1 or more"]),
+    "a penalty below nothing": (None, ["--length_penalty", "-1"], 2, ["--length_penalty: -1: a number from 0 to 2"]),
     "two ways to choose": (None, ["--length_penalty", "0.7", "--consensus"], 2,
                            ["--length_penalty and --consensus", "name one"]),
-    "no beam": (None, ["--beam_size", "0"], 2, ["--beam_size", "1 or more"]),
-    "more captions than the beam": (None, ["--n_best", "6"], 2, ["--n_best <= --beam_size"]),
-    "no length": (None, ["--max_len", "0"], 2, ["--max_len", "1 or more"]),
-    "no batch": (None, ["--batch_size", "-1"], 2, ["--batch_size", "1 or more"]),
+    "no beam": (None, ["--beam_size", "0"], 2, ["--beam_size/-b: 0: a whole number of 1 or more"]),
+    "more captions than the beam": (None, ["--n_best", "6"], 2, ["--n_best 6: a beam of 5", "widen it with --beam"]),
+    "no length": (None, ["--max_len", "0"], 2, ["--max_len: 0: a whole number of 1 or more"]),
+    "no batch": (None, ["--batch_size", "-1"], 2, ["--batch_size: -1: a whole number of 1 or more"]),
     "a precision that is not": (None, ["--precision", "int8"], 2, ["--precision", "float32"]),
     "results over a picture": (None, ["--json", "good.png"], 2, ["--json good.png", "another file"]),
     "figures as JPEG": (None, ["--out", "figures.jpg"], 2, ["--out figures.jpg", ".png"]),
@@ -265,9 +265,9 @@ EVAL: dict[str, Case] = {
     "a split that is not": (None, ["--split", "DEV"], 2, ["--split", "'DEV'", "TEST"]),
     "a split without files": (None, ["--split", "TEST"], 1, [f"TEST_CAPTIONS_{BASE}.json: no such file", "create_"]),
     "a path for a name": (None, ["--data_name", "../x"], 2, ["--data_name ../x", "--data_folder"]),
-    "a penalty that is no number": (None, ["--length_penalty", "nan"], 2, ["--length_penalty nan", "from 0 to 2"]),
-    "one beam of none": (None, ["--beam_size", "1", "0"], 2, ["--beam_size", "1 or more"]),
-    "workers below nothing": (None, ["--workers", "-1"], 2, ["--workers 0 or more"]),
+    "a penalty that is no number": (None, ["--length_penalty", "nan"], 2, ["--length_penalty: nan", "from 0 to 2"]),
+    "one beam of none": (None, ["--beam_size", "1", "0"], 2, ["--beam_size: 0: a whole number of 1 or more"]),
+    "workers below nothing": (None, ["--workers", "-1"], 2, ["--workers: -1: a whole number of 0 or more"]),
     "a file for --out": (None, ["--out", ARCHIVE], 2, [f"--out {ARCHIVE}", "folder"]),
     "a folder for --json": (None, ["--json", "."], 2, ["--json .", "file"]),
     "a word map that is missing": (None, ["--word_map", "words.json"], 1, ["words.json: no such file"]),
@@ -293,29 +293,29 @@ def weights(content: dict[str, Any]) -> Break:
 
 
 TRAIN: dict[str, Case] = {
-    "no rate": (None, ["--decoder_lr", "0"], 2, ["--decoder_lr", "above 0"]),
-    "a rate that is no number": (None, ["--encoder_lr", "nan"], 2, ["--encoder_lr", "above 0"]),
-    "an endless rate": (None, ["--decoder_lr", "inf"], 2, ["--decoder_lr"]),
-    "gradients cut to nothing": (None, ["--grad_clip", "-5"], 2, ["--grad_clip", "above 0"]),
-    "a weight below nothing": (None, ["--alpha_c", "-1"], 2, ["--alpha_c", "0 or more"]),
-    "minutes that are no number": (None, ["--checkpoint_minutes", "nan"], 2, ["--checkpoint_minutes"]),
-    "a seed below nothing": (None, ["--seed", "-1"], 2, ["--seed from 0"]),
-    "a seed without end": (None, ["--seed", "9" * 30], 2, ["--seed from 0 to 4294967295"]),
-    "all dropped": (None, ["--dropout", "1"], 2, ["--dropout and --label_smoothing are from 0 to below 1"]),
-    "more than always": (None, ["--scheduled_sampling", "1.1"], 2, ["--scheduled_sampling from 0 to 1"]),
-    "pictures changed for nobody": (None, ["--augment", "--stage", "1"], 2, ["--augment changes", "stage 2"]),
-    "all smoothed": (None, ["--label_smoothing", "1"], 2, ["--label_smoothing are from 0 to below 1"]),
+    "no rate": (None, ["--decoder_lr", "0"], 2, ["--decoder_lr: 0: a number above 0"]),
+    "a rate that is no number": (None, ["--encoder_lr", "nan"], 2, ["--encoder_lr: nan: a number above 0"]),
+    "an endless rate": (None, ["--decoder_lr", "inf"], 2, ["--decoder_lr: inf: a number above 0"]),
+    "gradients cut to nothing": (None, ["--grad_clip", "-5"], 2, ["--grad_clip: -5: a number above 0"]),
+    "a weight below nothing": (None, ["--alpha_c", "-1"], 2, ["--alpha_c: -1: a number of 0 or more"]),
+    "minutes that are no number": (None, ["--checkpoint_minutes", "nan"], 2, ["--checkpoint_minutes: nan: ", "0 or"]),
+    "a seed below nothing": (None, ["--seed", "-1"], 2, ["--seed: -1: a whole number from 0 to 4294967295"]),
+    "a seed without end": (None, ["--seed", "9" * 30], 2, ["99: a whole number from 0 to 4294967295"]),
+    "all dropped": (None, ["--dropout", "1"], 2, ["--dropout: 1: a number from 0 to below 1"]),
+    "more than always": (None, ["--scheduled_sampling", "1.1"], 2, ["--scheduled_sampling: 1.1: a number from 0 to 1"]),
+    "a decoder that is not there": (None, ["--decoder", "gru"], 2, ["--decoder gru", "is lstm", "CONTRIBUTING.md"]),
+    "all smoothed": (None, ["--label_smoothing", "1"], 2, ["--label_smoothing: 1: a number from 0 to below 1"]),
     "an unknown schedule": (None, ["--schedule", "sine"], 2, ["--schedule", "plateau", "cosine"]),
     "a recipe that is not there": (None, ["@nothing.txt"], 2, ["nothing.txt"]),
     "three stages of rates": (None, ["--decoder_lr", "1", "2", "3"], 2, ["--decoder_lr takes one number"]),
     "three stages of epochs": (None, ["--epochs", "1", "2", "3"], 2, ["--epochs takes one number"]),
-    "no captions": (None, ["--batch_size", "0"], 2, ["--batch_size takes one number"]),
-    "no words": (None, ["--emb_dim", "0"], 2, ["--emb_dim", "1 or more"]),
+    "no captions": (None, ["--batch_size", "0"], 2, ["--batch_size: 0: a whole number of 1 or more"]),
+    "no words": (None, ["--emb_dim", "0"], 2, ["--emb_dim: 0: a whole number of 1 or more"]),
     "a third stage": (None, ["--stage", "3"], 2, ["--stage", "'3'"]),
     "fine-tuning of nothing": (None, ["--stage", "2"], 2, ["--stage 2", "--checkpoint"]),
     "frozen embeddings of nowhere": (None, ["--freeze_embeddings"], 2, ["--freeze_embeddings", "--embeddings"]),
     "a path for a name": (None, ["--data_name", "/../../x"], 2, ["--data_name /../../x", "--data_folder"]),
-    "a number in words": (None, ["--epochs", "many"], 2, ["--epochs", "'many'"]),
+    "a number in words": (None, ["--epochs", "many"], 2, ["--epochs: many: a whole number of 1 or more"]),
     "vectors that are missing": (None, VECTORS, 1, ["--embeddings vectors.txt", "No such file"]),
     "vectors in a folder": (lambda folder: (folder / "vectors.txt").mkdir(), VECTORS, 1, ["--embeddings vectors.txt"]),
     "vectors of no numbers": (text("vectors.txt", "a nan 1\n"), VECTORS, 1, ["vectors.txt, line 1", "not finite"]),
@@ -452,6 +452,18 @@ def test_strange_pictures_are_prepared_and_captioned(tmp_path, command):
     flags = ["--img", *(tmp_path / "in" / name for name in names), "--model", saved_once(tmp_path), "--device", "cpu"]
     assert command(caption, *flags, "--max_len", 1, "--json", tmp_path / "captions.json") == (0, "")
     assert len(json.loads((tmp_path / "captions.json").read_text())) == len(names) == 8
+
+
+@pytest.mark.parametrize("flags, unused", [
+    (["--stage", "1", "--augment"], ["--augment"]),
+    (["--stage", "1", "--encoder_lr", "0.1", "--augment"], ["--augment", "--encoder_lr"]),
+    (["--stage", "2", "--checkpoint", "x", "--cache_features", "--augment"], ["--cache_features"]),
+    (["--cache_features", "--augment", "--encoder_lr", "0.1"], [])])
+def test_flags_that_a_stage_does_not_use_are_named_and_fine(flags, unused):
+    """A recipe for both stages serves one of them, too."""
+    args = train.get_parser().parse_args(flags)
+    train.check_arguments(args)
+    assert train.unused_flags(args) == unused
 
 
 # ---- the real commands -----------------------------------------------------------------------------------------------

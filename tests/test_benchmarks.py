@@ -17,6 +17,7 @@ from benchmarks import setting as setting_module
 from benchmarks.data import make_data
 from benchmarks.proofs import ProofError, compare_captions, compare_files, compare_training
 from benchmarks.setting import NAME, Setting, peak_bytes
+from caption import Search, beam_search
 from models import DecoderWithAttention
 
 SMALL = ["--device", "cpu", "--precision", "float32", "--encoder", "resnet18", "--width", "32", "--vocabulary", "200",
@@ -92,7 +93,7 @@ def test_searches_are_the_same(setting, weights):
         decoder.load_state_dict(state[weights])
     features = torch.randn(4, 3, 3, state["encoder_dim"], generator=torch.Generator().manual_seed(0))
     theirs = [tutorial.search(lambda image: image, decoders[0], each.unsqueeze(0), word_map, 5) for each in features]
-    own = [found[0] for found in decoders[1].beam_search(features, word_map, 5, forbidden=())]
+    own = [best for best, in beam_search(decoders[1], features, word_map, Search(5, forbidden=()))]
     assert [each.sequence for each in own] == theirs
     assert {each.finished for each in own} == {weights == "speaker"}
 

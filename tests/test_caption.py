@@ -25,20 +25,21 @@ from test_eval import Model
 
 import caption
 from caption import (
+    Search,
     by_consensus,
     caption_image_beam_search,
     caption_images,
-    caption_paths,
     find_pictures,
-    to_grid,
+    to_caption,
     visualize_att,
 )
 from datasets import load_word_map, reverse, words_of
 from drawing.panels import enlarge
-from models import Hypothesis
+from models import Caption
 from safety.errors import InputError
 
 REPOSITORY = Path(caption.__file__).parent
+SEARCH = Search(beam_size=3, max_len=8)  # what `run` asks for
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +67,14 @@ def run(checkpoint, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "here")
 
     def run_caption(*arguments: Any) -> list[dict[str, Any]]:
-        fixed = ["--device", "cpu", "--model", checkpoint, "--max_len", 8, "--beam_size", 3]
+        fixed = ["--device", "cpu", "--model", checkpoint, "--max_len", SEARCH.max_len, "--beam_size", SEARCH.beam_size]
         return caption.main(caption.get_parser().parse_args([str(each) for each in (*fixed, *arguments)]))
 
     return run_caption
 
 
-def sentence(hypothesis: Hypothesis, model: Model) -> str:
-    return " ".join(words_of(hypothesis.sequence, reverse(model.words)))
+def sentence(found: Caption, model: Model) -> str:
+    return " ".join(words_of(found.sequence, reverse(model.words)))
 
 
 # ---- searching -------------------------------------------------------------------------------------------------------
@@ -92,13 +93,19 @@ def test_a_sequence_and_where_the_model_looked(model, pictures):
 
 
 def test_weights_lie_as_the_pixels_do():
-    """Row by row, from the top left: a picture's upper half is the first half of its pixels."""
-    assert to_grid(torch.arange(12).view(2, 6)).tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
+    """Row by row, from the top left: a picture's upper half is the first half of its pixels. What cannot form a square
+    is one row."""
+    words = {0: "<start>", 1: "<end>", 2: "a"}
+    square, row = (to_caption([0, 2, 1], [0.0, -1.0, -3.0], np.arange(3 * pixels).reshape(3, pixels), True, words)
+                   for pixels in (4, 6))
+    assert square.sequence_alphas.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+    assert square.alphas.tolist() == [[[4, 5], [6, 7]]]
+    assert row.alphas.tolist() == [[[6, 7, 8, 9, 10, 11]]]
 
 
 def test_the_decoder_does_not_drop_words_out(model, pictures):
     model.decoder.train()
-    found = [caption_paths(model.captioner, pictures, max_len=8) for _ in range(3)]
+    found = [caption_images(model.captioner, pictures, max_len=8) for _ in range(3)]
     assert not model.decoder.training and len({str([each[0].sequence for each in batch]) for batch in found}) == 1
 
 
@@ -111,8 +118,8 @@ def test_n_best_begins_with_the_best(model, pictures, run):
         assert found == sorted(found, key=lambda each: (not each["finished"], -each["log_prob"]))
 
 
-def a_caption(words: list[int], log_prob: float, finished: bool = True) -> Hypothesis:
-    return Hypothesis([0, *words, *[1] * finished], log_prob, finished, None)
+def a_caption(words: list[int], log_prob: float, finished: bool = True) -> Caption:
+    return Caption([str(word) for word in words], log_prob, finished, None, [0, *words, *[1] * finished], [], None)
 
 
 @pytest.mark.parametrize("log_prob, expected", [(-2.3, [1, 2, 0]), (-2.4, [0, 1, 2])])
@@ -150,13 +157,13 @@ def test_consensus_word_by_word(drawn):
 
 
 def test_consensus_of_the_whole_beam(model, pictures, run):
-    beams = caption_paths(model.captioner, pictures, 5, 8, 5)
+    beams = caption_images(model.captioner, pictures, Search(beam_size=5, max_len=8, n_best=5))
     ranked = [by_consensus(beam)[:2] for beam in beams]
     assert any(best is not beam[0] for (best, _), beam in zip(ranked, beams, strict=True))
     results = run("--img", *pictures, "--beam_size", 5, "--n_best", 2, "--consensus")
-    spoken = caption_images(model.captioner, pictures, 5, 8, n_best=2, consensus=True)
-    for hypotheses, result, captions in zip(ranked, results, spoken, strict=True):
-        sentences = [sentence(each, model) for each in hypotheses]
+    spoken = caption_images(model.captioner, pictures, beam_size=5, max_len=8, n_best=2, consensus=True)
+    for best_two, result, captions in zip(ranked, results, spoken, strict=True):
+        sentences = [sentence(each, model) for each in best_two]
         assert [each["caption"] for each in result["captions"]] == sentences
         assert [" ".join(each.words) for each in captions] == sentences
 
@@ -168,21 +175,69 @@ def test_captions_from_python(model, checkpoint, pictures, tmp_path, monkeypatch
     frames = [Image.open(path).convert("RGB") for path in pictures[1:]]
     frames[0].save("two.tif", save_all=True, append_images=frames[1:])
     opened = Image.open("two.tif")
-    found = caption_images(captioner, [str(pictures[0]), opened, pictures[2]], 3, 8, n_best=2, batch_size=2)
+    found = caption_images(captioner, [str(pictures[0]), opened, pictures[2]], SEARCH, n_best=2, batch_size=2)
     opened.seek(1)  # it is still open
-    expected = caption_paths(model.captioner, pictures, 3, 8, 2)
+    expected = caption_images(model.captioner, pictures, SEARCH._replace(n_best=2))
     assert [len(each) for each in found] == [2, 2, 2]
-    for captions, hypotheses in zip(found, expected, strict=True):
-        for one, other in zip(captions, hypotheses, strict=True):
+    for captions, others in zip(found, expected, strict=True):
+        for one, other in zip(captions, others, strict=True):
             assert (" ".join(one.words), one.finished) == (sentence(other, model), other.finished)
             assert one.log_prob == pytest.approx(other.log_prob, rel=1e-5)
             assert (one.alphas.shape, one.alphas.dtype) == ((len(one.words), 3, 3), np.float32)
-            assert np.allclose(one.alphas, to_grid(other.alphas)[1:1 + len(one.words)], atol=1e-5)
+            assert np.allclose(one.alphas, other.sequence_alphas[1:1 + len(one.words)], atol=1e-5)
             assert np.allclose(one.alphas.sum((1, 2)), 1)
     assert {each.finished for captions in found for each in captions} == {True, False}
     assert caption_images(captioner, []) == []
     with pytest.raises(InputError, match="no such picture"):
         caption_images(captioner, ["missing.jpg"])
+
+
+def test_a_picture_may_be_a_file_or_in_memory(model, pictures, tmp_path):
+    """A path, Pillow's picture, an array or a tensor, one by one, mixed, or all of them as one array or tensor."""
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for source, path in zip(pictures, paths, strict=True):
+        with Image.open(source) as picture:
+            picture.convert("RGB").resize((300, 200)).save(path)  # not square: height and width must not be confused
+    opened = [Image.open(path) for path in paths]
+    arrays = np.stack([np.asarray(picture) for picture in opened])              # (N, H, W, 3)
+    tensors = torch.from_numpy(arrays).permute(0, 3, 1, 2)                      # (N, 3, H, W)
+    expected = caption_images(model.captioner, paths, SEARCH, n_best=2)
+    assert len({sentence(best, model) for best, _ in expected}) > 1
+    for images in (list(map(str, paths)), opened, list(arrays), list(tensors), arrays, tensors, tensors.contiguous(),
+                   [paths[0], arrays[1], tensors[2]]):
+        for captions, others in zip(caption_images(model.captioner, images, SEARCH, n_best=2), expected, strict=True):
+            for one, other in zip(captions, others, strict=True):
+                assert one[:3] + one[4:6] == other[:3] + other[4:6]  # all but alphas
+                assert np.array_equal(one.sequence_alphas, other.sequence_alphas)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "bool"])
+def test_numbers_that_are_no_bytes_are_refused(dtype, model):
+    """From 0 to 1 or from 0 to 255? A guess would give captions of black pictures."""
+    array = np.random.default_rng(0).random((40, 30, 3)).astype(dtype)
+    for image, kind in ((array, "ndarray"), (torch.from_numpy(array).permute(2, 0, 1), "Tensor")):
+        with refused(f"a picture given as {kind}", dtype, "uint8"):
+            caption_images(model.captioner, [image], SEARCH)
+
+
+def test_arrays_and_tensors_have_their_own_layouts(model):
+    """Colours last in an array, first in a tensor: the other way round is refused."""
+    array = np.zeros((40, 30, 3), np.uint8)
+    for image in (array.transpose(2, 0, 1), torch.from_numpy(array), array[None]):
+        with refused(f"a picture given as {type(image).__name__}: this picture cannot be read"):
+            caption_images(model.captioner, [image], SEARCH)
+
+
+def test_settings_go_before_the_searchs_own(model, pictures):
+    found = caption_images(model.captioner, pictures, SEARCH._replace(n_best=3), n_best=2, max_len=4)
+    expected = caption_images(model.captioner, pictures, Search(beam_size=3, max_len=4, n_best=2))
+    assert [[each.sequence for each in captions] for captions in found] == [
+        [each.sequence for each in captions] for captions in expected]
+    assert {len(captions) for captions in found} == {2}
+    [[plain]] = caption_images(model.captioner, pictures[:1], SEARCH, with_alphas=False)
+    assert plain.alphas is plain.sequence_alphas is None and plain.words
+    with pytest.raises(ValueError, match="beam_width"):
+        caption_images(model.captioner, pictures, beam_width=3)
 
 
 def test_the_readmes_five_lines_run(checkpoint, pictures, tmp_path, monkeypatch, capsys):
@@ -210,7 +265,7 @@ def test_a_model_of_the_original_tutorial_from_python(model, pictures, tmp_path)
 
 
 def test_batches_change_nothing(model, pictures, run):
-    alone = [caption_paths(model.captioner, [path], 3, 8)[0][0] for path in pictures]
+    alone = [caption_images(model.captioner, [path], SEARCH)[0][0] for path in pictures]
     for batch_size in (1, 2, 16):
         results = run("--img", *pictures, "--batch_size", batch_size)
         assert [each["captions"][0]["caption"] for each in results] == [sentence(each, model) for each in alone]
@@ -286,7 +341,30 @@ def test_json_in_a_file_or_instead_of_lines(run, pictures, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert run("--img", *pictures, "--json") == json.loads(capsys.readouterr().out) == results
     assert list(results[0]) == ["image", "captions"]
-    assert list(results[0]["captions"][0]) == ["caption", "log_prob", "finished"]
+    assert list(results[0]["captions"][0]) == ["caption", "log_prob", "finished", "word_log_probs"]
+
+
+def test_how_sure_the_model_was_of_each_word(model, run, pictures, capsys):
+    """In JSON as log-probabilities, <end>'s the last, and on request as percentages in the lines."""
+    results = run("--img", *pictures, "--n_best", 2, "--probabilities", "--json", "captions.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(Path("captions.json").read_text()) == results
+    shown = [(path, each) for path, result in zip(pictures, results, strict=True) for each in result["captions"]]
+    assert len(lines) == len(shown) == 6
+    for line, (path, each) in zip(lines, shown, strict=True):
+        words, log_probs = each["caption"].split(" "), each["word_log_probs"]
+        assert len(log_probs) == len(words) + each["finished"]
+        assert sum(log_probs) == pytest.approx(each["log_prob"], rel=1e-5)
+        said = re.findall(r"(\S+) \((\d+)%\)", line)
+        assert [word for word, _ in said] == words
+        for (_, percent), log_prob in zip(said, log_probs, strict=False):
+            assert int(percent) == pytest.approx(100 * math.exp(log_prob), abs=0.51)
+        plain = re.sub(r" \(\d+%\)", "", line)
+        assert plain == f"{path}: {each['caption']}{'' if each['finished'] else ' ...'}"
+    expected = [each for captions in caption_images(model.captioner, pictures, SEARCH, n_best=2) for each in captions]
+    for (_, each), other in zip(shown, expected, strict=True):
+        assert each["word_log_probs"] == pytest.approx(other.word_log_probs, abs=1e-4)
+    assert len({percent for line in lines for percent in re.findall(r"\d+%", line)}) > 3
 
 
 def test_a_name_that_is_no_text_loses_no_results(run, pictures):
@@ -326,6 +404,10 @@ def test_a_page_shows_all_pictures(flags, rendering, run, pictures):
     for path, result in zip(pictures, results, strict=True):
         best, other = (format(each["log_prob"], ".2f") for each in result["captions"])
         assert f"{path.name} &middot; log-probability {best}<" in page and f"<small>{other}</small>" in page
+    sure = [f"{math.exp(log_prob):.0%} sure" for result in results for each in result["captions"]
+            for log_prob, _ in zip(each["word_log_probs"], each["caption"].split(" "), strict=False)]
+    assert re.findall('<button[^>]* title="([^"]*)"', page) == sure
+    assert re.findall('<button[^>]* aria-label="[^"]*, ([^ ]* sure)"', page) == sure
 
 
 def test_a_gif_of_one_picture(run, pictures):
@@ -372,10 +454,12 @@ def test_the_only_model_is_taken(checkpoint, run, pictures):
 
 
 @pytest.mark.parametrize("arguments", [["--beam_size", 0], ["--n_best", 0], ["--n_best", 4], ["--max_len", 0],
-                                       ["--batch_size", 0]])
-def test_impossible_numbers_are_named(arguments, run, pictures):
-    with pytest.raises(InputError, match=arguments[0]):
-        run("--img", pictures[0], *arguments)
+                                       ["--batch_size", 0], ["--beam_size", "many"], ["--length_penalty", 2.1],
+                                       ["--length_penalty", "nan"], ["--consensus", "--length_penalty", 1]])
+def test_impossible_numbers_are_named(arguments, command, checkpoint, pictures):
+    """In a line, with the exit status of wrong flags."""
+    status, shown = command(caption, "--img", pictures[0], "--model", checkpoint, "--beam_size", 3, *arguments)
+    assert status == 2 and arguments[0] in shown and shown.count("\n") == 1
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -440,13 +524,13 @@ def test_pixels_are_enlarged_as_they_are_or_smoothly(shape):
 @pytest.mark.parametrize("flags, smooth", [([], True), (["--dont_smooth"], False)])
 def test_the_best_caption_is_drawn(flags, smooth, model, run, pictures, monkeypatch):
     drawn = []
-    monkeypatch.setattr(caption, "visualize_att", lambda *arguments: drawn.append(arguments) or Figure((1, 1)))
+    monkeypatch.setattr("drawing.figure.visualize_att", lambda *arguments: drawn.append(arguments) or Figure((1, 1)))
     run("--img", *pictures, "--out", "figures", "--n_best", 3, "--batch_size", 2, *flags)
     assert len(drawn) == len(list(Path("figures").iterdir())) == 3
     for path, (of, sequence, alphas, rev_word_map, how) in zip(pictures, drawn, strict=True):
-        best = caption_paths(model.captioner, [path], 3, 8)[0][0]
+        [[best]] = caption_images(model.captioner, [path], SEARCH)
         assert of == path and sequence == best.sequence and how is smooth and rev_word_map[sequence[0]] == "<start>"
-        assert torch.allclose(alphas, to_grid(best.alphas), atol=1e-5)
+        assert np.allclose(alphas, best.sequence_alphas, atol=1e-5)
 
 
 def test_no_display_is_asked_for(checkpoint, pictures, tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import caption
-from models import DecoderWithAttention, Encoder, build_models
+from models import DecoderWithAttention, Encoder, restore
 from safety import old_checkpoints
 from safety.checkpoints import load_checkpoint, save_checkpoint
 from safety.errors import InputError
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_a_gpu_loads_without_one(tmp_path, monkeypatch):
 
 
 def test_models_are_rebuilt_with_the_same_outputs(ours):
-    encoder, decoder = build_models(load_checkpoint(ours))
+    encoder, decoder = restore(load_checkpoint(ours), ours)
     same_encoder = Encoder(3, "mobilenet_v3_small")
     same_encoder.load_state_dict(our_state()["encoder"])
     same_decoder = DecoderWithAttention(5, 6, 7, len(WORDS), 576).eval()
@@ -88,6 +88,18 @@ def test_models_are_rebuilt_with_the_same_outputs(ours):
     features = encoder(pictures)
     assert features.shape == (2, 3, 3, 576) and torch.equal(features, same_encoder(pictures))
     assert same(decoder(features, *CAPTIONS), same_decoder(features, *CAPTIONS)), "no dropout"
+    pooled, expected = decoder(encoder.grid(pictures), *CAPTIONS), same_decoder(features, *CAPTIONS)
+    torch.testing.assert_close(pooled, expected)  # it pools by itself
+
+
+def test_a_decoder_is_built_by_its_name(ours):
+    """Checkpoints made before decoders had names are of the LSTM."""
+    state = load_checkpoint(ours)
+    assert "decoder" not in state["model"]
+    named, another = ({**state, "model": {**state["model"], "decoder": name}} for name in ("lstm", "another"))
+    assert same(restore(named)[1].state_dict(), restore(state)[1].state_dict())
+    with pytest.raises(OSError, match=r"BEST_checkpoint_x.*: its weights .*no decoder 'another', only lstm"):
+        restore(another, ours)
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
@@ -167,14 +179,16 @@ class Tutorials(NamedTuple):
     optimizer: torch.optim.Adam
 
     def save(self, path: Path, container: str, encoder_optimizer: Any = None) -> Path:
+        vars(self.decoder).pop("map_size", None)
         torch.save({"epoch": 7, "epochs_since_improvement": 2, "bleu-4": 0.2325, "encoder": self.encoder,
                     "decoder": self.decoder, "encoder_optimizer": encoder_optimizer,
                     "decoder_optimizer": self.optimizer}, path, _use_new_zipfile_serialization=container == "zip")
         return path
 
     def same_outputs(self, state: dict[str, Any]) -> bool:
+        self.decoder.map_size = None  # which the tutorial's lacked
         pictures = torch.randn(2, 3, 64, 64)
-        encoder, decoder = build_models(state)
+        encoder, decoder = restore(state)
         features = encoder(pictures)
         return (torch.equal(features, self.encoder(pictures))
                 and same(decoder(features, *CAPTIONS), self.decoder(features, *CAPTIONS)))

@@ -1,6 +1,7 @@
 """create_input_files.py writes what the tutorial's script writes, whole or not at all, and names what it refuses."""
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import create_input_files
-from create_input_files import from_csv, get_parser, main
+from create_input_files import get_parser, main
 from datasets import CaptionDataset, load_word_map
+from preparing.tables import from_csv
 from safety.errors import InputError
 
 SPLITS = ("TRAIN", "VAL", "TEST")
@@ -363,6 +365,14 @@ def test_all_unreadable_pictures_are_named_together(tmp_path):
     assert listing(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fills_up_is_named(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("preparing.pixels.PixelWriter.__getitem__", lambda *_: OSError(errno.ENOSPC, "no space"))
+    with refused("TRAIN_IMAGES_mine", "could not be written (No space left on device)"):
+        prepare(write_set(tmp_path, few()), workers=workers)
+    assert listing(tmp_path / "out") == []
+
+
 def test_a_failed_overwrite_leaves_the_old_files(tmp_path):
     folder, _ = prepare(write_set(tmp_path, few()))
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
@@ -375,7 +385,7 @@ def test_a_failed_overwrite_leaves_the_old_files(tmp_path):
 def test_no_file_has_its_name_before_all_are_written(tmp_path, monkeypatch):
     seen = []
     images = [*few(), image("v.png", "val", "a"), image("t.png", "test", "a")]
-    monkeypatch.setattr(create_input_files, "check_pixels",
+    monkeypatch.setattr("preparing.pixels.check_pixels",
                         lambda *_: seen.append([name for name in listing(tmp_path / "out") if name[0] != "."]))
     prepare(write_set(tmp_path, images))
     assert seen == [[], [], []]

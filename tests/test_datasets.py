@@ -18,14 +18,15 @@ from conftest import ENCODER, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
+from caption import Captioner
 from datasets import (
     CaptionDataset,
     EpochSampler,
     Pictures,
     augment,
-    check_pixels,
     encode,
     image_loader,
     load_word_map,
@@ -35,8 +36,9 @@ from datasets import (
     reverse,
     words_of,
 )
-from models import Encoder
+from models import DecoderWithAttention, Encoder
 from safety.errors import InputError
+from safety.pictures import check_pixels
 from training import features as features_module
 from training.features import Features, keep_features
 from utils import World, autocast
@@ -113,6 +115,28 @@ def test_pixels_are_pillows_bilinear_resize(tmp_path):
     expected = np.array(picture.resize((256, 256), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     assert np.array_equal(read_image(save(tmp_path / "x.png", picture)), expected)
     assert np.array_equal(read_image(str(save(tmp_path / "grey.png", picture.convert("L")))), expected)
+
+
+def test_pictures_in_memory_are_read_as_files_are(tmp_path):
+    picture = Image.effect_noise((300, 200), 80).convert("RGB")
+    pixels = np.array(picture)
+    channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
+    expected = read_image(save(tmp_path / "x.png", picture))
+    for each in (picture, pixels, channels_first, channels_first.contiguous()):
+        assert np.array_equal(read_image(each), expected)
+    assert picture.getpixel((0, 0)) == tuple(pixels[0, 0]), "it is still open"
+
+
+@pytest.mark.parametrize("picture, words", [
+    (np.zeros((9, 9, 3), np.float32), ("a picture given as ndarray", "float32, and not uint8")),
+    (torch.zeros(3, 9, 9), ("a picture given as Tensor", "float32, and not uint8")),
+    (np.zeros((3, 9, 8), np.uint8), ("a picture given as ndarray",)),
+    (torch.zeros(9, 8, 3, dtype=torch.uint8), ("a picture given as Tensor",)),
+    (None, ("a picture given as NoneType",))],
+    ids=["floats", "a tensor of floats", "channels first", "a tensor with channels last", "nothing"])
+def test_what_is_no_picture_in_memory_is_named(picture, words):
+    with refused(*words, "cannot be read"):
+        read_image(picture)
 
 
 def corners(pixels: np.ndarray) -> str:
@@ -359,7 +383,7 @@ def test_workers_give_the_same_batches(old, workers, start, chunked):
 
 def test_what_another_process_opened_is_not_used(old):
     dataset = CaptionDataset(old, BASE, "TRAIN")
-    dataset._open = (os.getpid() + 1, "a handle that crossed over")
+    dataset._opened = {os.getpid() + 1: "a handle that crossed over"}
     assert np.array_equal(dataset.images[0], pixels_of("TRAIN")[0])
 
 
@@ -377,7 +401,7 @@ def test_pickling_drops_the_open_file(old, chunked):
     pickled = pickle.dumps(dataset)
     again = pickle.loads(pickled)
     assert len(pickled) < 3 * 256 * 256
-    assert dataset._open is not None and again._open is None
+    assert dataset._opened and not again._opened
     assert all(torch.equal(a, b) for a, b in zip(again[3], before, strict=True))
 
 
@@ -404,23 +428,30 @@ def kept_files(dataset: CaptionDataset) -> list[str]:
     return sorted(path.name for path in dataset.path.parent.iterdir() if "FEATURES" in path.name)
 
 
+def captioner_of(encoder: Encoder, precision: str = "float32", map_size: int | None = 4) -> Captioner:
+    decoder = DecoderWithAttention(4, 4, 4, len(WORDS), encoder.encoder_dim, map_size=map_size)
+    return Captioner(encoder, decoder, WORDS, precision)
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_kept_features_are_what_the_encoder_gives(copied, precision, dtype):
+@pytest.mark.parametrize("map_size", [4, None])
+def test_kept_features_are_what_the_encoder_gives(copied, precision, dtype, map_size):
     encoder, pictures = Encoder(4, ENCODER), torch.stack([copied.picture(i) for i in range(7)])
+    model = captioner_of(encoder, precision, map_size)
     assert pictures.dtype == torch.uint8
-    keep_features(copied, encoder, CPU, precision, 0, show=False)
+    keep_features(copied, model, 0, show=False)
     kept = torch.stack([copied.picture(i) for i in range(7)])
     with torch.inference_mode(), autocast(CPU, precision):
-        expected = encode(encoder, pictures, CPU)
-        assert encode(encoder, kept, CPU) is kept
-    assert kept.dtype == dtype
+        expected = encode(encoder, model.decoder, pictures, CPU)
+        assert encode(encoder, model.decoder, kept, CPU) is kept
+    assert kept.dtype == dtype and kept.shape[1:3] == ((8, 8) if map_size else (4, 4))
     torch.testing.assert_close(kept, expected.to(dtype))
     image, _, length, _ = copied[8]
     assert torch.equal(image, kept[1]) and length == copied.caplens[8]
 
 
 def test_kept_features_reach_worker_processes(copied):
-    keep_features(copied, Encoder(4, ENCODER), CPU, "float32", 0, show=False)
+    keep_features(copied, captioner_of(Encoder(4, ENCODER)), 0, show=False)
     assert copied[0][0].is_floating_point()  # the map is open in this process
     loader = DataLoader(Pictures(copied), 3, num_workers=1, multiprocessing_context="spawn")
     pictures = torch.cat([batch[0] for batch in loader])
@@ -429,21 +460,22 @@ def test_kept_features_reach_worker_processes(copied):
 
 
 def test_stale_features_are_never_used(copied):
-    """Other weights, precision or pixels: another file."""
+    """Other weights, pixels, precision or map: another file."""
     encoder = Encoder(4, ENCODER)
-    keep_features(copied, encoder, CPU, "float32", 0, show=False)
+    keep_features(copied, captioner_of(encoder), 0, show=False)
     first = kept_files(copied)
     copied.features = None
-    keep_features(copied, encoder, CPU, "float32", 0, show=False)
+    keep_features(copied, captioner_of(encoder), 0, show=False)
     assert kept_files(copied) == first and len(first) == 1
-    for changes in range(1, 4):
+    for changes in range(1, 5):
         copied.features = None
         if changes == 1:
             with torch.no_grad():
                 next(encoder.parameters())[0] += 1e-3
         elif changes == 2:
             os.utime(copied.path, ns=(0, 0))
-        keep_features(copied, encoder, CPU, "bfloat16" if changes == 3 else "float32", 0, show=False)
+        model = captioner_of(encoder, "bfloat16" if changes == 3 else "float32", None if changes == 4 else 4)
+        keep_features(copied, model, 0, show=False)
         assert len(kept_files(copied)) == 1 + changes
 
 
@@ -461,18 +493,19 @@ def test_an_interrupted_file_of_features_is_gone_on_with(copied, monkeypatch):
     monkeypatch.setattr(features_module, "FEATURES_AT_ONCE", 2)
     monkeypatch.setattr(Encoder, "grid", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        keep_features(copied, encoder, CPU, "float32", 0, show=False)
+        keep_features(copied, captioner_of(encoder), 0, show=False)
     assert copied.features is None
     [partial] = copied.path.parent.glob(".*FEATURES*")
     size = partial.stat().st_size // 4
     with open(partial, "ab") as file:
         file.write(bytes(size) + b"torn")
-    keep_features(copied, encoder, CPU, "float32", 0, show=False)
+    keep_features(copied, captioner_of(encoder), 0, show=False)
     assert encoded == [1, 2, 2, 2, 1, 2, 1]  # the first of each for the shape
     assert copied.features.path.stat().st_size == 7 * size
     kept = torch.stack([copied.picture(i) for i in range(7)])
     copied.features = None
-    torch.testing.assert_close(kept, encode(encoder, torch.stack([copied.picture(i) for i in range(7)]), CPU))
+    pictures = torch.stack([copied.picture(i) for i in range(7)])
+    torch.testing.assert_close(kept, encode(encoder, captioner_of(encoder).decoder, pictures, CPU))
 
 
 def test_features_may_be_larger_than_memory(tmp_path):
@@ -491,8 +524,17 @@ def test_features_may_be_larger_than_memory(tmp_path):
 def test_features_that_do_not_fit_on_the_disk_are_refused(copied, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match=r"leave out --cache_features"):
-        keep_features(copied, Encoder(4, ENCODER), CPU, "float32", 0, show=False)
+        keep_features(copied, captioner_of(Encoder(4, ENCODER)), 0, show=False)
     assert not kept_files(copied)
+
+
+def test_a_decoder_gets_the_map_that_it_asks_for():
+    """Its encoder's own, where it pools by itself and the encoder has it; else what the encoder's forward gives."""
+    pictures, encoder = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8), Encoder(4, ENCODER)
+    pools, does_not = captioner_of(encoder).decoder, captioner_of(encoder, map_size=None).decoder
+    assert torch.equal(encode(encoder, pools, pictures, CPU), encoder.grid(normalize(pictures, CPU)))
+    for own, decoder in ((encoder, does_not), (encoder, nn.Identity()), (nn.AvgPool2d(32), pools)):
+        assert torch.equal(encode(own, decoder, pictures, CPU), own(normalize(pictures, CPU)))
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
@@ -613,12 +655,12 @@ def ranks(items: int, batch: int, world: int, seed: int = 0) -> list[EpochSample
 @given(some_items, some_size, a_few)
 @quick
 def test_an_epoch_holds_every_item_once(items, batch, world):
-    """Over all processes, without the stopgaps, of which counts() tells; no process is ever given nothing."""
+    """Over all ranks, without the dummy items, of which has_share() tells; no rank is ever given nothing."""
     samplers, seen = ranks(items, batch, world), []
     for sampler in samplers:
         steps = list(sampler)
         assert len(steps) == len(sampler) == len(samplers[0]) and all(steps)
-        seen += [i for step, share in enumerate(steps) if sampler.counts(step) for i in share]
+        seen += [i for step, share in enumerate(steps) if sampler.has_share(step) for i in share]
     assert sorted(seen) == list(range(items))
 
 
@@ -630,13 +672,13 @@ def test_processes_together_take_what_one_would(items, batch, world):
     together: list[list[int]] = [[] for _ in alone]
     for sampler in ranks(items, batch, world):
         for step, share in enumerate(sampler):
-            together[step] += share if sampler.counts(step) else []
+            together[step] += share if sampler.has_share(step) else []
     assert list(map(sorted, together)) == list(map(sorted, alone))
 
 
 @given(some_items, some_size, a_few, st.integers(0, 50))
 @quick
-def test_an_epoch_can_be_taken_up_at_any_step(items, batch, world, step):
+def test_an_epoch_can_resume_at_any_step(items, batch, world, step):
     for sampler in ranks(items, batch, world):
         whole = list(sampler)
         sampler.first_step = min(step, len(whole))

@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 import demo.demo
-from models import Hypothesis
+from models import Caption
 
 CIRCLE = {"color": "red", "shape": "circle", "box": [0, 0, 128, 64]}    # of a 4 x 4 map: two cells of the first row
 SQUARE = {"color": "blue", "shape": "square", "box": [192, 192, 256, 256]}  # the last cell
@@ -15,12 +15,12 @@ SQUARE = {"color": "blue", "shape": "square", "box": [192, 192, 256, 256]}  # th
 CROSS = {"color": "red", "shape": "cross", "box": [100, 100, 140, 140]}     # touches the four cells in the middle
 
 
-def gaze(*pixels: int) -> Hypothesis:
+def gaze(words: list[str], *pixels: int) -> Caption:
     """A caption whose words look at these pixels of a 4 x 4 map."""
-    alphas = torch.full((len(pixels) + 1, 16), 0.01)
-    for row, pixel in enumerate(pixels, 1):
+    alphas = np.full((len(words), 16), 0.01, np.float32)
+    for row, pixel in enumerate(pixels):
         alphas[row, pixel] = 0.5
-    return Hypothesis([], 0.0, True, alphas)
+    return Caption(words, 0.0, True, alphas.reshape(-1, 4, 4), [], [], None)
 
 
 @pytest.mark.parametrize(("words", "pixels", "expected"), [
@@ -31,13 +31,13 @@ def gaze(*pixels: int) -> Hypothesis:
     (["a", "cross"], (0, 10), [(True, 4 / 16)])])
 def test_a_gaze_counts_where_the_named_shape_is(words: list[str], pixels: tuple[int, ...],
                                                 expected: list[tuple[bool, float]]) -> None:
-    assert demo.demo.looks(gaze(*pixels), words, [CIRCLE, SQUARE, CROSS]) == expected
+    assert demo.demo.looks(gaze(words, *pixels), [CIRCLE, SQUARE, CROSS]) == expected
 
 
 def test_two_objects_of_a_shape_are_both_right() -> None:
     other = {"color": "green", "shape": "square", "box": [0, 192, 64, 256]}
-    assert demo.demo.looks(gaze(12), ["square"], [SQUARE, other]) == [(True, 2 / 16)]
-    assert demo.demo.looks(gaze(15), ["square"], [SQUARE, other]) == [(True, 2 / 16)]
+    assert demo.demo.looks(gaze(["square"], 12), [SQUARE, other]) == [(True, 2 / 16)]
+    assert demo.demo.looks(gaze(["square"], 15), [SQUARE, other]) == [(True, 2 / 16)]
 
 
 def test_the_demos_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -24,10 +24,11 @@ from PIL import Image
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import eval as evaluation
-from caption import Captioner, by_consensus, search
+import train
+from caption import Captioner, Search, beam_search, by_consensus, caption_pixels
 from datasets import CaptionDataset, load_word_map, normalize, reverse, words_of
-from eval import bleu, brevity_penalty, generate_captions, interleave, measure, meteor, score, validate
-from models import DecoderWithAttention, Encoder
+from eval import bleu, brevity_penalty, generate_captions, meteor, score
+from models import Decoded, DecoderWithAttention, Encoder, Losses, caption_losses
 from safety.checkpoints import save_checkpoint
 from safety.errors import InputError
 from utils import World
@@ -45,7 +46,7 @@ class Model:
         self.encoder = Encoder(3, ENCODER)
         self.arguments = {"attention_dim": 8, "embed_dim": 8, "decoder_dim": 16, "vocab_size": len(words),
                           "encoder_dim": self.encoder.encoder_dim, "dropout": 0.5}
-        self.decoder = DecoderWithAttention(**self.arguments).eval()
+        self.decoder = DecoderWithAttention(**self.arguments, map_size=3).eval()
         with torch.no_grad():
             self.encoder.resnet[-1][1].weight.fill_(1e8)  # random layers leave almost nothing of a picture
             for weight, factor in ((self.decoder.fc.weight, 30), (self.decoder.embedding.weight, 10),
@@ -80,9 +81,9 @@ def pictures(prepared) -> CaptionDataset:
     return CaptionDataset(prepared.folder, prepared.name, "TEST")
 
 
-def captions_of(model: Model, dataset: CaptionDataset, beam_size: int = 2, **options: Any) -> list[list[int]]:
-    options = {"world": ALONE, "max_len": 8, **options}
-    return [each.sequence for each in generate_captions(model.captioner, dataset, beam_size, **options)]
+def captions_of(model: Model, dataset: CaptionDataset, search: Search = Search(2, 8), world: World = ALONE,
+                **options: Any) -> list[list[int]]:
+    return [each.sequence for each in generate_captions(model.captioner, dataset, search, world, **options)]
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -189,13 +190,13 @@ def teacher_forced(vocab_size: int = 11, captions: int = 5) -> tuple[Any, ...]:
     return decoder(torch.randn(captions, 2, 2, 3), torch.randint(1, vocab_size, (captions, 9)), lengths)
 
 
-def measured(output: tuple[Any, ...]) -> torch.Tensor:
-    """`measure` of what `forward` returns, whose scores are padded."""
+def losses_of(output: tuple[Any, ...]) -> Losses:
+    """`caption_losses` of what `forward` returns, whose scores are padded."""
     scores, captions, lengths, *others = output
-    return measure(pack_padded_sequence(scores, lengths, batch_first=True), captions, lengths, *others)
+    return caption_losses(Decoded(pack_padded_sequence(scores, lengths, batch_first=True), captions, lengths, *others))
 
 
-def test_measure_is_the_plain_formulas():
+def test_losses_are_the_plain_formulas():
     scores, captions, lengths, alphas, _ = output = teacher_forced()
     assert lengths[0] > lengths[-1], "some end earlier"
     n_words, loss, near = sum(lengths), 0.0, 0
@@ -205,21 +206,23 @@ def test_measure_is_the_plain_formulas():
             loss -= scores[row, t].log_softmax(0)[target].item()
             near += int((scores[row, t] > scores[row, t, target]).sum() < 5)
     attention = sum(((1 - alphas[row, :length].sum(0)) ** 2).mean().item() for row, length in enumerate(lengths))
-    assert measured(output).tolist() == pytest.approx([loss, attention, near, n_words, 5], rel=1e-5)
+    found = losses_of(output)
+    assert [each.item() for each in found] == pytest.approx([loss, attention, near, n_words, 5], rel=1e-5)
     assert 0 < near < n_words
+    assert found.mean(found, 0.7).item() == pytest.approx(loss / n_words + 0.7 * attention / 5, rel=1e-5)
 
 
-def test_measure_carries_gradients_and_takes_few_words():
-    sums = measured(teacher_forced(vocab_size=3))
-    assert sums[2] == sums[3], "of three words all are among the first five"
-    assert torch.autograd.grad(sums[0] + sums[1], sums, allow_unused=True)[0] is not None and sums.requires_grad
+def test_losses_carry_gradients_and_take_few_words():
+    found = losses_of(teacher_forced(vocab_size=3))
+    assert found.top5 == found.words, "of three words all are among the first five"
+    assert [each.requires_grad for each in found] == [True, True, False, False, False]
 
 
-def test_measure_counts_exactly_in_bfloat16():
+def test_losses_count_exactly_in_bfloat16():
     """Whose numbers from 256 on are even."""
     scores, captions, lengths, alphas, order = teacher_forced(captions=301)
-    sums = measured((scores.bfloat16(), captions, lengths, alphas.bfloat16(), order))
-    assert sums[3:].tolist() == [sum(lengths), 301]
+    found = losses_of((scores.bfloat16(), captions, lengths, alphas.bfloat16(), order))
+    assert [found.words, found.captions] == [sum(lengths), 301]
 
 
 def tutorials_bleu(dataset: CaptionDataset, predictions: dict[int, list[int]], word_map: dict[str, int]) -> float:
@@ -236,7 +239,7 @@ def tutorials_bleu(dataset: CaptionDataset, predictions: dict[int, list[int]], w
 def test_validation_is_one_pass_over_everything(batch_size, model, prepared):
     """The sums, scores and captions of plain code that knows no batches, where half is what the model would say."""
     dataset = CaptionDataset(prepared.folder, prepared.name, "VAL")
-    greedy = captions_of(model, dataset, 1, max_len=51)
+    greedy = captions_of(model, dataset, Search(1))
     for i in range(15):
         dataset.captions[i] = 0
         dataset.captions[i, :len(greedy[i // 5])] = greedy[i // 5]
@@ -248,13 +251,14 @@ def test_validation_is_one_pass_over_everything(batch_size, model, prepared):
     scores, _, lengths, _, order = output
     predictions = {int(i): scores[row, :length].argmax(1).tolist()
                    for row, (i, length) in enumerate(zip(order, lengths, strict=True))}
-    found = validate(model.captioner, dataset, ALONE, batch_size)
-    assert found[0] == pytest.approx(measured(output).tolist(), rel=1e-5) and found[0][4] == len(dataset) == 30
-    assert found[1] == pytest.approx(tutorials_bleu(dataset, predictions, model.words)) and 10 < found[1] < 90
-    assert found[2] == [words_of(each, reverse(model.words)) for each in greedy] and len(greedy) == 6
+    losses, bleu4, generated = train.validate(model.captioner, dataset, ALONE, batch_size)
+    assert losses == pytest.approx([each.item() for each in losses_of(output)], rel=1e-5)
+    assert losses.captions == len(dataset) == 30
+    assert bleu4 == pytest.approx(tutorials_bleu(dataset, predictions, model.words)) and 10 < bleu4 < 90
+    assert generated == [words_of(each, reverse(model.words)) for each in greedy] and len(greedy) == 6
 
 
-def test_forced_bleu_is_the_tutorials(pictures, model):
+def test_teacher_forced_bleu_is_the_tutorials(pictures, model):
     """Of predictions that are right in most places."""
     random = np.random.default_rng(0)
     said = []
@@ -263,30 +267,27 @@ def test_forced_bleu_is_the_tutorials(pictures, model):
         said.append(np.where(wrong, 3, caption[1:length]).tolist())
     expected = tutorials_bleu(pictures, dict(enumerate(said)), model.words)
     by_picture = [said[i:i + 5] for i in range(0, len(said), 5)]
-    assert evaluation.forced_bleu(pictures, by_picture, model.words) == pytest.approx(expected) and 30 < expected < 90
+    assert train.teacher_forced_bleu(pictures, by_picture, model.words) == pytest.approx(expected)
+    assert 30 < expected < 90
 
 
 # ---- captions of a split ---------------------------------------------------------------------------------------------
-
-@given(items=st.lists(st.integers()), world_size=st.integers(1, 9))
-def test_interleave_undoes_the_dealing(items, world_size):
-    assert interleave([items[rank::world_size] for rank in range(world_size)]) == items
-
 
 def test_each_picture_is_captioned_once_in_order(model, pictures):
     found = captions_of(model, pictures, batch_size=3)
     alone = []
     for picture in pictures.images:
         features = model.encoder(normalize(torch.from_numpy(np.array(picture))[None], ALONE.device))
-        alone += [best[0].sequence for best in model.decoder.beam_search(features, model.words, 2, 8)]
+        alone += [best.sequence for best, in beam_search(model.decoder, features, model.words, Search(2, 8))]
     assert found == alone and len(found) == 7 and len({tuple(each) for each in found}) >= 4
     assert captions_of(model, pictures, batch_size=1) == found
     assert captions_of(model, pictures, batch_size=100, workers=1) == found
 
 
 def test_consensus_of_the_whole_beam(model, pictures, prepared, run, tmp_path):
-    found = captions_of(model, pictures, 5, consensus=True)
-    beams = search(model.captioner, torch.from_numpy(np.array(pictures.images[:])), 5, 8, n_best=5, with_alphas=False)
+    found = captions_of(model, pictures, Search(5, 8, consensus=True))
+    beams = caption_pixels(model.captioner, torch.from_numpy(np.array(pictures.images[:])), Search(5, 8, n_best=5),
+                           with_alphas=False)
     assert found == [by_consensus(beam)[0].sequence for beam in beams] != [beam[0].sequence for beam in beams]
     rows = run("--checkpoint", model.save(tmp_path / "model.pth.tar"), "--beam_size", 5, "--max_len", 8, "--consensus",
                "--out", tmp_path, "--gallery", tmp_path / "page.html")
@@ -367,7 +368,7 @@ def test_the_table_and_its_files(split, n_pictures, model, prepared, run, tmp_pa
                                                           if image["split"] == split.lower()]
         assert [each.keys() for each in results] == [{"image_id", "caption"}] * n_pictures
         captions = [each["caption"].split() for each in results]
-        sequences = captions_of(model, dataset, beam_size)
+        sequences = captions_of(model, dataset, Search(beam_size, 8))
         assert captions == [words_of(each, reverse(model.words)) for each in sequences]
         assert row["unfinished"] == sum(each[-1] != model.words["<end>"] for each in sequences) / n_pictures
         assert row.items() >= score(dataset.references(model.words), captions).items()
@@ -387,10 +388,10 @@ def test_json_instead_of_the_table(model, prepared, run, tmp_path, capsys, monke
 def test_a_gallery_of_the_best_and_the_worst(limit, best, worst, model, prepared, run, tmp_path, monkeypatch):
     """In order of CIDEr, beside all that people wrote; where the model looked is asked for these pictures alone."""
     monkeypatch.setattr(evaluation, "SHOWN", limit)
-    asked, search = [], DecoderWithAttention.beam_search
-    monkeypatch.setattr(DecoderWithAttention, "beam_search", lambda self, features, *others, with_alphas=True, **more:
+    asked = []
+    monkeypatch.setattr("caption.beam_search", lambda decoder, features, word_map, search, with_alphas:
                         asked.extend(len(features) * [with_alphas]) or
-                        search(self, features, *others, with_alphas=with_alphas, **more))
+                        beam_search(decoder, features, word_map, search, with_alphas))
     run("--checkpoint", model.save(tmp_path / "model.pth.tar"), "--beam_size", 1, 3, "--max_len", 8, "--batch_size", 2,
         "--gallery", tmp_path / "page.html", "--out", tmp_path)
     assert asked == [False] * 14 + [True] * (best + worst)
@@ -490,14 +491,23 @@ def test_a_folder_of_the_original_tutorial(model, tutorials_folder, run, tmp_pat
 
 @pytest.mark.parametrize("arguments, message", [
     (["--checkpoint", "missing.pth.tar"], r"missing\.pth\.tar: no such checkpoint"), ([], "BEST_checkpoint_.*no such"),
-    (["--beam_size", "3", "0"], "--beam_size"), (["--batch_size", "0"], "--batch_size"),
-    (["--max_len", "-1"], "--max_len"), (["--gallery", "page.png"], "--gallery page.png"),
-    (["--data_name", "x"], "no data set x"), (["--word_map", "missing.json"], r"missing\.json"),
-    (["--device", "gpu"], "--device gpu")])
+    (["--gallery", "page.png"], "--gallery page.png"), (["--data_name", "x"], "no data set x"),
+    (["--word_map", "missing.json"], r"missing\.json"), (["--device", "gpu"], "--device gpu"),
+    (["--length_penalty", "1", "--consensus"], "--length_penalty and --consensus")])
 def test_mistakes_are_named(arguments, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         run(*arguments)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--beam_size", "3", "0"], "argument --beam_size: 0: a whole number of 1 or more"),
+    (["--batch_size", "0"], "argument --batch_size: 0: a whole number of 1 or more"),
+    (["--max_len", "-1"], "argument --max_len: -1: a whole number of 1 or more"),
+    (["--workers", "-1"], "argument --workers: -1: a whole number of 0 or more"),
+    (["--length_penalty", "2.5"], "argument --length_penalty: 2.5: a number from 0 to 2")])
+def test_numbers_out_of_range_are_named_with_their_range(arguments, message, command):
+    assert command(evaluation, *arguments) == (2, f"eval.py: {message} (--help tells the flags)\n")
 
 
 def test_a_split_without_pictures_is_named(model, prepared, run, tmp_path):

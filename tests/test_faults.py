@@ -1,4 +1,4 @@
-"""Whatever ends a run, nothing good is lost, nothing half-written stands, and the next run goes on from what is there.
+"""Whatever ends a run, nothing good is lost, nothing half-written stands, and the next run resumes from what is there.
 
 Processes are killed for real. They are forked from a server that has imported everything, so that each starts at once.
 """
@@ -35,6 +35,7 @@ import create_input_files
 import datasets
 import eval
 import train
+from models import Losses
 from safety.errors import run_script
 from safety.files import atomic_write, remove_stale
 from training import features
@@ -69,7 +70,7 @@ def script(name: str, arguments: list[str], output: str, *faults: tuple[Any, ...
     for fault in faults:
         inject(*fault)
     module = SCRIPTS[name]
-    run_script(module.main, module.get_parser(), *([train.how_to_go_on] if name == "train" else []))
+    run_script(module.main, module.get_parser(), *([train.resume_command] if name == "train" else []))
 
 
 def inject(where: str, n: int, *numbers: int) -> None:
@@ -101,7 +102,7 @@ def start(server: Any, name: str, arguments: list[object], output: Path, *faults
 
 
 def finish(process: Any) -> int:
-    process.join(100)
+    process.join(200)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
 
@@ -127,10 +128,10 @@ def leftovers(*folders: Path) -> list[str]:
 # ---- killed ----------------------------------------------------------------------------------------------------------
 
 KILLS: list[tuple[str, int] | None] = [  # None: at a random moment, at the latest in its second step
-    ("train.load_word_map", 1), ("os.fsync", 2), ("training.features._write_features", 2), ("Path.replace", 1), None,
+    ("datasets.load_word_map", 1), ("os.fsync", 2), ("training.features._write_features", 2), ("Path.replace", 1), None,
     None, ("train.train_step", 2), ("torch.save", 1), ("os.fsync", 1), ("Path.replace", 1), None, None, None,
     ("train.validate", 1), ("train.bleu", 1), ("train.draw_curves", 1), ("torch.save", 1), ("Path.replace", 2),
-    ("train.save_checkpoint", 2), None, None, ("train.run_stage", 2), ("train.read_checkpoint", 2), None, None,
+    ("train.save_checkpoint", 2), None, None, ("train.run_stage", 2), ("train.read_checkpoint", 1), None, None,
     ("torch.save", 3), None]
 
 
@@ -155,8 +156,8 @@ def alone(server: Any, folders: list[Path], prepared: Prepared) -> Path:
     return folders[0] / "out"
 
 
-def go_on(folder: Path, prepared: Prepared) -> list[str]:
-    """The flag to go on from what is there."""
+def resume_flags(folder: Path, prepared: Prepared) -> list[str]:
+    """The flag to resume from what is there."""
     checkpoint = folder / f"checkpoint_{prepared.name}.pth.tar"
     return ["--checkpoint", str(checkpoint)] if checkpoint.exists() else []
 
@@ -180,7 +181,7 @@ def test_a_run_killed_at_any_time_is_the_run_left_alone(server: Any, folders: li
     arguments = kept_flags(prepared, folder, "--checkpoint_minutes", 0)
     for fault in KILLS:
         began = time.monotonic()
-        process = start(server, "train", [*arguments, *go_on(folder / "out", prepared)], folder / "output",
+        process = start(server, "train", [*arguments, *resume_flags(folder / "out", prepared)], folder / "output",
                         fault or ("train.train_step", 2))
         if fault is None:
             time.sleep(moments.uniform(0, longest))
@@ -189,14 +190,14 @@ def test_a_run_killed_at_any_time_is_the_run_left_alone(server: Any, folders: li
         longest = max(longest, time.monotonic() - began)
         assert_whole(folder / "out")
         assert_whole(folder / "data")
-    last = start(server, "train", [*arguments, *go_on(folder / "out", prepared)], folder / "output")
+    last = start(server, "train", [*arguments, *resume_flags(folder / "out", prepared)], folder / "output")
     assert finish(last) == 0, (folder / "output").read_text()
     assert_same_files(folder / "out", alone, prepared)
     assert leftovers(folder / "data", folder / "out") == []
 
 
-PREPARING = [("create_input_files.write_json", 3), ("create_input_files.write_split", 2), None, None,
-             ("create_input_files.check_pixels", 3), ("Path.replace", 1), ("Path.replace", 3), ("Path.replace", 5)]
+PREPARING = [("create_input_files.write_json", 3), ("create_input_files.write_images", 2), None, None,
+             ("preparing.pixels.check_pixels", 3), ("Path.replace", 1), ("Path.replace", 3), ("Path.replace", 5)]
 
 
 def test_killed_while_input_files_are_made(server: Any, prepared: Prepared, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_an_overwriting_that_is_killed_leaves_the_old_files(server: Any, prepare
     shutil.copytree(prepared.folder, data)
     arguments = ["--dataset", "shapes", "--karpathy_json_path", prepared.json_path, "--image_folder", prepared.pictures,
                  "--min_word_freq", 0, "--output_folder", data, "--workers", 1, "--max_len", 9, "--overwrite"]
-    for fault in (("create_input_files.check_pixels", 1), ("Path.replace", 1)):
+    for fault in (("preparing.pixels.check_pixels", 1), ("Path.replace", 1)):
         assert finish(start(server, "create_input_files", arguments, tmp_path / "output", fault)) == -signal.SIGKILL
         for path in prepared.folder.iterdir():
             assert (data / path.name).read_bytes() == path.read_bytes()
@@ -252,22 +253,22 @@ def last_line(output: Path) -> str:
 @pytest.mark.parametrize(("where", "n", "number", "step"), [
     ("train.train_step", 6, signal.SIGTERM, 2), ("train.validate", 1, signal.SIGINT, 4),
     ("train.draw_curves", 2, signal.SIGTERM, 4), ("train.run_stage", 2, signal.SIGINT, 0)])
-def test_a_stopped_run_saves_and_says_how_to_go_on(server: Any, folders: list[Path], alone: Path, prepared: Prepared,
+def test_a_stopped_run_saves_and_says_how_to_resume(server: Any, folders: list[Path], alone: Path, prepared: Prepared,
                                                    tmp_path: Path, where: str, n: int, number: int, step: int) -> None:
     """At the end of a step that is under way; elsewhere at once, as all has been saved."""
     arguments = flags(prepared, tmp_path / "out", "--data_folder", folders[0] / "data", "--cache_features")
     assert finish(start(server, "train", arguments, tmp_path / "output", (where, n, number))) == 128 + number
     assert load(tmp_path / "out", prepared)["training"]["step"] == step
     assert leftovers(tmp_path / "out") == []
-    advice, command = last_line(tmp_path / "output").split("go on with: ")
+    advice, command = last_line(tmp_path / "output").split("resume it with: ")
     assert "stopped" in advice and str(tmp_path / "out") in advice
-    assert shlex.split(command) == ["train.py", *arguments, *go_on(tmp_path / "out", prepared)]
+    assert shlex.split(command) == ["train.py", *arguments, *resume_flags(tmp_path / "out", prepared)]
     if where in ("train.train_step", "train.run_stage"):
         assert finish(start(server, "train", shlex.split(command)[1:], tmp_path / "output")) == 0
         assert_same_files(tmp_path / "out", alone, prepared)
 
 
-@pytest.mark.parametrize("where", ["train.load_word_map", "train.make_learner", "training.features.encode"])
+@pytest.mark.parametrize("where", ["datasets.load_word_map", "train.build_training", "training.features.encode"])
 def test_stopped_before_there_is_anything_to_save(server: Any, prepared: Prepared, tmp_path: Path, where: str) -> None:
     shutil.copytree(prepared.folder, tmp_path / "data")
     output = tmp_path / "output"
@@ -283,7 +284,7 @@ def test_stage_2_stopped_before_its_first_checkpoint_begins_from_the_best_again(
     assert finish(start(server, "train", [*arguments, "--stage", "1"], output)) == 0
     best = tmp_path / "out" / f"BEST_checkpoint_{prepared.name}.pth.tar"
     arguments = [*arguments, "--stage", "2", "--checkpoint", str(best)]
-    assert finish(start(server, "train", arguments, output, ("train.make_learner", 1, signal.SIGTERM))) == 143
+    assert finish(start(server, "train", arguments, output, ("train.build_training", 1, signal.SIGTERM))) == 143
     assert last_line(output) == "train.py: stopped before the first checkpoint; the same command starts again"
 
 
@@ -297,7 +298,7 @@ def test_a_second_signal_ends_at_once(server: Any, folders: list[Path], alone: P
 
 @pytest.mark.parametrize(("name", "where", "number"), [
     ("eval", "eval.bleu", signal.SIGINT), ("eval", "os.fsync", signal.SIGTERM), ("caption", "os.fsync", signal.SIGINT),
-    ("create_input_files", "create_input_files.check_pixels", signal.SIGTERM)])
+    ("create_input_files", "preparing.pixels.check_pixels", signal.SIGTERM)])
 def test_the_other_scripts_stop_with_one_line(server: Any, alone: Path, prepared: Prepared, tmp_path: Path, name: str,
                                               where: str, number: int) -> None:
     model, out = alone / f"BEST_checkpoint_{prepared.name}.pth.tar", tmp_path / "out"
@@ -317,15 +318,15 @@ def test_ctrl_c_reaches_a_whole_process_group(prepared: Prepared, tmp_path: Path
     command = [sys.executable, train.__file__, *flags(prepared, tmp_path / "out", "--epochs", 500, "--workers", 2)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                           start_new_session=True) as process:
-        while not go_on(tmp_path / "out", prepared):
+        while not resume_flags(tmp_path / "out", prepared):
             assert process.poll() is None
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     said = [line for line in errors.splitlines() if line.strip() and not re.search(r"\d+/\d+ \[", line)]  # no bars
-    more = go_on(tmp_path / "out", prepared)
-    assert said == [f"train.py: stopped; the run stands in {more[1]}, go on with: {shlex.join([*command, *more])}"]
+    more = resume_flags(tmp_path / "out", prepared)
+    assert said == [f"train.py: stopped; the run is in {more[1]}, resume it with: {shlex.join([*command, *more])}"]
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
@@ -382,8 +383,8 @@ def test_torchrun_starts_a_killed_process_again_from_the_last_checkpoint(server:
     assert_same_files(out, two, prepared)
 
 
-def test_restarts_do_not_go_on_with_a_run_of_before(server: Any, alone: Path, prepared: Prepared,
-                                                    tmp_path: Path) -> None:
+def test_restarts_do_not_resume_a_run_of_before(server: Any, alone: Path, prepared: Prepared,
+                                                tmp_path: Path) -> None:
     """The first start refuses the folder. The second is a restart, and must not take it for its own."""
     shutil.copytree(alone, tmp_path / "out")
     before = load(alone, prepared)
@@ -393,13 +394,13 @@ def test_restarts_do_not_go_on_with_a_run_of_before(server: Any, alone: Path, pr
 
 
 def test_all_processes_stop_at_the_same_step(server: Any, two: Path, prepared: Prepared, tmp_path: Path) -> None:
-    """One of two gets a signal: both end with the step, the first has saved, and says how to go on."""
+    """One of two gets a signal: both end with the step, the first has saved, and says how to resume."""
     arguments = flags(prepared, Path("out"), "--epochs", 1)
     assert torchrun(server, [tmp_path / "one"], arguments, "train.train_step", 1, signal.SIGTERM) == [1]
     out = tmp_path / "one" / "out"
     assert load(out, prepared)["training"]["step"] == 1
     more = ["--checkpoint", f"out/checkpoint_{prepared.name}.pth.tar"]
-    command = last_line(tmp_path / "one" / "output0").split("go on with: ")[1]
+    command = last_line(tmp_path / "one" / "output0").split("resume it with: ")[1]
     assert shlex.split(command) == ["torchrun", "--nproc_per_node=2", "train.py", *arguments, *more]
     assert "stopped" not in (tmp_path / "one" / "output1").read_text()
     shutil.copytree(out, tmp_path / "out")
@@ -432,10 +433,10 @@ def one_epoch(server: Any, folders: list[Path], prepared: Prepared, tmp_path_fac
 
 @pytest.fixture
 def begun(one_epoch: Path, folders: list[Path], prepared: Prepared, tmp_path: Path) -> list[str]:
-    """The flags that go on with that run, in tmp_path/out."""
+    """The flags that resume that run, in tmp_path/out."""
     shutil.copytree(one_epoch, tmp_path / "out")
     arguments = flags(prepared, tmp_path / "out", "--data_folder", folders[0] / "data", "--cache_features")
-    return [*arguments, *go_on(tmp_path / "out", prepared)]
+    return [*arguments, *resume_flags(tmp_path / "out", prepared)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -472,7 +473,7 @@ def test_a_full_disk_leaves_no_input_files(server: Any, prepared: Prepared, tmp_
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_features_go_on_after_a_full_disk(server: Any, prepared: Prepared, tmp_path: Path) -> None:
+def test_features_are_continued_after_a_full_disk(server: Any, prepared: Prepared, tmp_path: Path) -> None:
     shutil.copytree(prepared.folder, tmp_path / "data")
     arguments = kept_flags(prepared, tmp_path)
     fill_disk(server, 1_500_000, "train", arguments, tmp_path / "said")
@@ -551,13 +552,14 @@ def test_a_reading_process_that_died(prepared: Prepared, tmp_path: Path, monkeyp
 def test_a_loss_that_is_no_number_is_named_with_its_batch(begun: list[str], tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """The first such batch, though one looks at the loss at the end only."""
-    before, measure, calls = contents(tmp_path / "out"), train.measure, []
+    before, caption_losses, calls = contents(tmp_path / "out"), train.caption_losses, []
 
-    def third(*output: Any, **options: Any) -> torch.Tensor:
+    def third(*given: Any) -> Losses:
         calls.append(0)
-        return measure(*output, **options) * torch.tensor([1, torch.nan if len(calls) == 3 else 1, 1, 1, 1])
+        losses = caption_losses(*given)
+        return losses._replace(doubly_stochastic=losses.doubly_stochastic * (torch.nan if len(calls) == 3 else 1))
 
-    monkeypatch.setattr(train, "measure", third)
+    monkeypatch.setattr(train, "caption_losses", third)
     said = said_by(monkeypatch, [*begun, "--print_freq", "100"])
     assert "stage 1, epoch 2, batch 3: the loss is nan (of words " in said and ", of attention nan)" in said
     assert "of words nan" not in said and len(calls) == 4
@@ -569,15 +571,15 @@ def test_weights_that_are_no_numbers_are_not_saved(begun: list[str], tmp_path: P
     """After the last step of an epoch no loss tells."""
     before, train_step, calls = contents(tmp_path / "out"), train.train_step, []
 
-    def fourth(run: train.Run, learner: train.Learner, *rest: Any) -> torch.Tensor:
-        sums = train_step(run, learner, *rest)
+    def fourth(run: train.Run, training: train.Training, *rest: Any) -> torch.Tensor:
+        sums = train_step(run, training, *rest)
         calls.append(0)
         if len(calls) == 4:
-            learner.decoder.fc.bias.data[0] = torch.inf
+            training.captioner.decoder.fc.bias.data[0] = torch.inf
         return sums
 
     monkeypatch.setattr(train, "train_step", fourth)
-    assert "stage 1, epoch 2, batch 4: some weights are no numbers" in said_by(monkeypatch, begun)
+    assert "stage 1, epoch 2, batch 4: some weights are NaN or infinite" in said_by(monkeypatch, begun)
     assert contents(tmp_path / "out") == before
 
 

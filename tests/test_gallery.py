@@ -4,7 +4,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,20 +21,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caption import Caption, visualize_att
+from caption import visualize_att
 from drawing.page import html_figure, write_page
 from drawing.panels import draw_sheet, fit, panel, write_gif
+from models import Caption
 
 DRIVER = shutil.which("chromedriver") if shutil.which("chromium") or shutil.which("google-chrome") else None
 
 
-def gaze(text: str, *places: tuple[int, int], n: int = 4, log_prob: float = -7.314, finished: bool = True) -> Caption:
-    """A caption whose words look at these pixels (row, column) of an n x n map; those without one at the first."""
+def gaze(text: str, *places: tuple[int, int], n: int = 4, log_prob: float = -7.314, finished: bool = True,
+         probabilities: tuple[float, ...] = ()) -> Caption:
+    """A caption whose words look at these pixels (row, column) of an n x n map; those without one at the first. The
+    model was sure of those without a probability."""
     words = text.split(" ")
-    alphas = np.full((len(words), n, n), 0.2 / (n * n - 1), np.float32)
+    alphas = np.full((len(words) + 2, n, n), 0.2 / (n * n - 1), np.float32)
     for i in range(len(words)):
-        alphas[i][places[i] if i < len(places) else (0, 0)] = 0.8
-    return Caption(words, alphas, log_prob, finished)
+        alphas[1 + i][places[i] if i < len(places) else (0, 0)] = 0.8
+    sure = [math.log(probabilities[i] if i < len(probabilities) else 1.0) for i in range(len(words) + finished)]
+    sequence = list(range(len(words) + 1 + finished))
+    return Caption(words, log_prob, finished, alphas[1:-1], sequence, sure, alphas[:len(sequence)])
 
 
 def grey(width: int, height: int) -> Image.Image:
@@ -130,7 +137,7 @@ def test_words_wrap_and_none_is_lost() -> None:
 
 
 def test_a_caption_without_words_can_be_drawn(tmp_path: Path) -> None:
-    silent = Caption([], np.zeros((0, 4, 4), np.float32), -1.0, True)
+    silent = Caption([], -1.0, True, np.zeros((0, 4, 4), np.float32), [0, 1], [-1.0], np.ones((2, 4, 4), np.float32))
     with open(tmp_path / "x.gif", "wb") as file:
         write_gif(file, grey(30, 20), silent)
     assert "<button" not in html_figure(grey(30, 20), "x", [silent])
@@ -188,7 +195,8 @@ def decoded(uri: str | None) -> Image.Image:
 
 def test_a_page_has_everything_in_it(tmp_path: Path) -> None:
     """Photographs of moderate size, words as buttons, each before its weights; other captions with their scores."""
-    captions = [gaze("a dog runs", (0, 0), (2, 3), (3, 0)), gaze("dogs", (1, 1), log_prob=-9.5, finished=False)]
+    captions = [gaze("a dog runs", (0, 0), (2, 3), (3, 0), probabilities=(1.0, 0.426, 0.004)),
+                gaze("dogs", (1, 1), log_prob=-9.5, finished=False, probabilities=(0.75,))]
     figures = [html_figure(grey(900, 600), "x.jpg", captions),
                html_figure(grey(100, 400), "y.jpg", captions[:1], "CIDEr 1.23", ["people wrote", "of it"])]
     write_page(tmp_path / "deep" / "page.html", "A title", {"": figures[:1], "Second": figures[1:]})
@@ -202,8 +210,11 @@ def test_a_page_has_everything_in_it(tmp_path: Path) -> None:
     assert [tuple(np.argwhere(look == 255)[0]) for look in looks[:4]] == [(0, 0), (2, 3), (3, 0), (1, 1)]
     assert {int(look.min()) for look in looks} == {int(255 * (0.2 + 0.8 * 0.2 / 15 / 0.8))}
     assert [each["aria-label"] for each in page.all("button")][:4] == [
-        "a: looked at the top left", "dog: looked at the middle right", "runs: looked at the bottom left",
-        "dogs: looked at the middle centre"]
+        "a: looked at the top left, 100% sure", "dog: looked at the middle right, 43% sure",
+        "runs: looked at the bottom left, 0% sure", "dogs: looked at the middle centre, 75% sure"]
+    assert [each["title"] for each in page.all("button")][:4] == ["100% sure", "43% sure", "0% sure", "75% sure"]
+    assert [each["style"] for each in page.all("button")][:4] == [
+        f"--sure: {probability}" for probability in ("1.00", "0.43", "0.00", "0.75")]
     assert (page.text["h1"], page.text["h2"], page.text["title"]) == (["A title"], ["Second"], ["A title"])
     assert page.text["small"] == ["-9.50", "x.jpg · log-probability -7.31", "y.jpg · CIDEr 1.23"]
     assert page.text["summary"] == ["1 more"]
@@ -364,6 +375,21 @@ def test_pointing_at_a_word_lights_the_picture(browser: Browser, tmp_path: Path)
     browser.act("pointer", {"type": "pointerMove", "origin": "viewport", "x": 1, "y": 1, "duration": 0})
     browser.press(TAB)
     assert brightest(browser.photo()) == (1, 1), "words of the other captions too"
+
+
+def test_words_are_underlined_the_more_the_less_sure_the_model_was(browser: Browser, tmp_path: Path) -> None:
+    """From 80 % on not at all."""
+    probabilities = (1.0, 0.8, 0.6, 0.2, 0.0)
+    caption = gaze("a dog runs so fast", probabilities=(*probabilities[:-1], 1e-9))
+    write_page(tmp_path / "page.html", "x", {"": [html_figure(grey(300, 200), "x.jpg", [caption])]})
+    browser.post("/url", url=(tmp_path / "page.html").as_uri())
+    styles = browser.run("""[...document.querySelectorAll('button')].map(each => {
+        const style = getComputedStyle(each)
+        return [style.textDecorationLine, style.textDecorationColor] })""")
+    assert [line for line, _ in styles] == ["underline"] * 5
+    found = [re.search(r"/ ([0-9.]+)\)", color) for _, color in styles]
+    opacities = [float(each[1]) if each else 1.0 for each in found]  # of what is opaque it is not written
+    assert opacities == pytest.approx([max(0.0, 1 - 1.25 * each) for each in probabilities], abs=0.01)
 
 
 def test_a_page_fits_a_phone_and_the_dark(browser: Browser, tmp_path: Path) -> None:

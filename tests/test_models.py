@@ -14,7 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from models import Attention, DecoderWithAttention, Encoder, Hypothesis, build_models, doubly_stochastic
+from caption import Search, beam_search
+from models import (
+    Attention,
+    Caption,
+    DecoderWithAttention,
+    Encoder,
+    doubly_stochastic,
+    pooling_matrix,
+    restore,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WORDS = {"<pad>": 0, "a": 1, "b": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
@@ -78,8 +87,8 @@ def test_every_beam_is_the_reference_sequence(name: str, beam_size: int) -> None
     reference = json.loads((FIXTURES / f"{name}_beams.json").read_text())
     word_map = reference["word_map"]
 
-    def search(pictures: torch.Tensor) -> list[Hypothesis]:
-        return [best[0] for best in decoder.beam_search(pictures, word_map, beam_size, forbidden=())]
+    def search(pictures: torch.Tensor) -> list[Caption]:
+        return [best for best, *_ in beam_search(decoder, pictures, word_map, Search(beam_size, forbidden=()))]
 
     together = search(features)
     alone = [search(picture.unsqueeze(0))[0] for picture in features]
@@ -96,25 +105,28 @@ def test_every_beam_is_the_reference_sequence(name: str, beam_size: int) -> None
 
 
 @pytest.mark.parametrize("name", ["small", "uneven"])
-def test_a_hypothesis_carries_the_reference_alphas(name: str) -> None:
+def test_a_caption_carries_the_reference_alphas(name: str) -> None:
     beams = load(f"{name}_beams.npz")
     word_map = json.loads((FIXTURES / f"{name}_beams.json").read_text())["word_map"]
-    found = reference_decoder(load(f"{name}.npz")).beam_search(beams["feats"], word_map, 3, forbidden=())[0][0]
-    torch.testing.assert_close(found.alphas, beams["alphas_image0_beam3"].flatten(1), atol=1e-5, rtol=1e-5)
+    decoder = reference_decoder(load(f"{name}.npz"))
+    found = beam_search(decoder, beams["feats"], word_map, Search(3, forbidden=()))[0][0]
+    expected = beams["alphas_image0_beam3"].flatten(1)
+    torch.testing.assert_close(torch.from_numpy(found.sequence_alphas).flatten(1), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_weights_sum_to_one_and_weigh_the_features() -> None:
     torch.manual_seed(0)
     features, hidden = torch.randn(2, 9, 5), torch.randn(2, 4)
-    context, alpha = Attention(5, 4, 3)(features, hidden)
+    attention = Attention(5, 4, 3)
+    context, alpha = attention(attention.annotate(features), hidden)
     torch.testing.assert_close(alpha.sum(dim=1), torch.ones(2))
     torch.testing.assert_close(context, (features * alpha.unsqueeze(2)).sum(dim=1))
 
 
 def test_the_readmes_plain_loop_gives_the_same_scores() -> None:
-    """The plain equivalent of what `unroll`, `prepare`, `word_gates` and `step` do for speed."""
+    """The plain equivalent of `teacher_forced`, for captions of the same length."""
     readme = (Path(models.__file__).parent / "README.md").read_text(encoding="utf-8")
-    code = re.search("```python\n(a = encoder.*?)```", readme, re.DOTALL)[1]
+    code = re.search(r"```python\n([^`]*decoder\.decode_step[^`]*)```", readme)[1]
     decoder, features = random_decoder(0)
     captions, said, looked = torch.randint(6, (3, 7)), [], []
     expected, _, _, alphas, order = decoder(features, captions, torch.full((3, 1), 7))
@@ -129,7 +141,8 @@ def test_the_readmes_plain_loop_gives_the_same_scores() -> None:
 def test_several_hypotheses_of_a_picture_attend_as_if_alone() -> None:
     torch.manual_seed(0)
     attention, features, hidden = Attention(5, 4, 3), torch.randn(2, 9, 5), torch.randn(6, 4)
-    torch.testing.assert_close(attention(features, hidden), attention(features.repeat_interleave(3, 0), hidden))
+    repeated = attention.annotate(features.repeat_interleave(3, 0))
+    torch.testing.assert_close(attention(attention.annotate(features), hidden), attention(repeated, hidden))
 
 
 def step_scores(decoder: DecoderWithAttention, features: torch.Tensor, words: list[int]) -> torch.Tensor:
@@ -137,7 +150,7 @@ def step_scores(decoder: DecoderWithAttention, features: torch.Tensor, words: li
     pixels = features.flatten(1, 2)
     h, c = decoder.init_hidden_state(pixels)
     for word in words:
-        context, _ = decoder.attention(pixels, h)
+        context, _ = decoder.attention(decoder.attention.annotate(pixels), h)
         gated = torch.sigmoid(decoder.f_beta(h)) * context
         h, c = decoder.decode_step(torch.cat([decoder.embedding(torch.tensor([word])), gated], dim=1), (h, c))
     return decoder.fc(h).log_softmax(dim=1)[0].detach()
@@ -146,7 +159,8 @@ def step_scores(decoder: DecoderWithAttention, features: torch.Tensor, words: li
 @pytest.mark.parametrize("seed", range(3))
 def test_beam_one_is_greedy(seed: int) -> None:
     decoder, features = random_decoder(seed)
-    for picture, found in zip(features, decoder.beam_search(features, WORDS, 1, max_len=8, forbidden=()), strict=True):
+    search = Search(beam_size=1, max_len=8, forbidden=())
+    for picture, found in zip(features, beam_search(decoder, features, WORDS, search), strict=True):
         words = [WORDS["<start>"]]
         while len(words) < 9 and words[-1] != WORDS["<end>"]:
             words.append(step_scores(decoder, picture.unsqueeze(0), words).argmax().item())
@@ -174,10 +188,10 @@ def narrowing_search(decoder: DecoderWithAttention, features: torch.Tensor, beam
 def test_the_beam_narrows_with_each_caption_that_ends(seed: int, beam_size: int) -> None:
     """All captions that end, not only the best, which a beam of constant width would often find too."""
     decoder, features = random_decoder(seed, bias=1.5)
-    found = decoder.beam_search(features, WORDS, beam_size, max_len=7, forbidden=(), n_best=beam_size)
-    for picture, hypotheses in zip(features, found, strict=True):
+    found = beam_search(decoder, features, WORDS, Search(beam_size, max_len=7, n_best=beam_size, forbidden=()))
+    for picture, captions in zip(features, found, strict=True):
         expected = narrowing_search(decoder, picture.unsqueeze(0), beam_size, max_len=7)
-        finished = [each for each in hypotheses if each.finished]
+        finished = [each for each in captions if each.finished]
         assert [each.sequence for each in finished] == [words for _, words in expected]
         assert [each.log_prob for each in finished] == pytest.approx([total for total, _ in expected], abs=1e-4)
 
@@ -187,43 +201,50 @@ def test_many_pictures_that_end_at_different_times_are_searched_as_if_alone() ->
     decoder, _ = random_decoder(5)
     torch.manual_seed(1)
     features = torch.randn(40, 2, 2, 7)
-    together = decoder.beam_search(features, WORDS, 3, max_len=12, forbidden=(), n_best=3)
+    search = Search(beam_size=3, max_len=12, n_best=3, forbidden=())
+    together = beam_search(decoder, features, WORDS, search)
     assert len({len(best[0].sequence) for best in together}) > 3
     for picture, found in zip(features, together, strict=True):
-        alone = decoder.beam_search(picture.unsqueeze(0), WORDS, 3, max_len=12, forbidden=(), n_best=3)[0]
+        [alone] = beam_search(decoder, picture.unsqueeze(0), WORDS, search)
         assert [each.sequence for each in found] == [each.sequence for each in alone]
         for one, other in zip(found, alone, strict=True):
-            torch.testing.assert_close(one.alphas, other.alphas)
-    without = decoder.beam_search(features, WORDS, 3, max_len=12, forbidden=(), with_alphas=False)
+            torch.testing.assert_close(one.sequence_alphas, other.sequence_alphas)
+            assert one.word_log_probs == pytest.approx(other.word_log_probs, abs=1e-4)
+    without = beam_search(decoder, features, WORDS, search._replace(n_best=1), with_alphas=False)
     assert [best[0].sequence for best in without] == [best[0].sequence for best in together]
-    assert without[0][0].alphas is None
+    assert without[0][0].alphas is without[0][0].sequence_alphas is None
 
 
 @pytest.mark.parametrize("size", [3, 14])
 def test_pooling_the_sums_is_pooling_the_features(size: int) -> None:
-    """The grid and its pooling matrix give what the pooled features give: scores, alphas, gradients, captions."""
+    """A decoder that pools the encoder's own map gives what another does of the pooled features: scores, alphas,
+    gradients, captions."""
     encoder = Encoder(size, "mobilenet_v3_small")
     torch.manual_seed(0)
-    decoder = DecoderWithAttention(5, 4, 6, 6, encoder.encoder_dim).eval()
+    plain = DecoderWithAttention(5, 4, 6, 6, encoder.encoder_dim).eval()
+    pooling = DecoderWithAttention(5, 4, 6, 6, encoder.encoder_dim, map_size=size).eval()
+    pooling.load_state_dict(plain.state_dict())
     with torch.no_grad():
         images = torch.randn(3, 3, 128, 96)  # a grid of 4 x 3
         encoder.resnet[-1][1].weight.fill_(1e8)  # random layers leave almost nothing of a picture
         pooled, grid = encoder(images), encoder.grid(images)
     captions, lengths = torch.randint(1, 6, (3, 7)), torch.tensor([[4], [7], [5]])
     gradients = []
-    for features, pooling in ((pooled, None), (grid, encoder.pooling(grid))):
-        scores, *_, alphas, _ = output = decoder(features, captions, lengths, pooling=pooling)
+    for decoder, features in ((plain, pooled), (pooling, grid), (pooling, pooled)):
+        scores, *_, alphas, _ = output = decoder(features, captions, lengths)
         decoder.zero_grad()
         (scores.logsumexp(dim=2).sum() + doubly_stochastic(alphas).sum()).backward()
         gradients.append([output[0], alphas, *(each.grad for each in decoder.parameters())])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    found = [decoder.beam_search(features, WORDS, 2, max_len=5, pooling=pooling)
-             for features, pooling in ((pooled, None), (grid, encoder.pooling(grid)))]
+    for one, *others in zip(*gradients, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    search = Search(beam_size=2, max_len=5)
+    found = [beam_search(decoder, features, WORDS, search) for decoder, features in ((plain, pooled), (pooling, grid))]
     for one, other in zip(*found, strict=True):
         assert one[0].sequence == other[0].sequence
-        torch.testing.assert_close(one[0].alphas, other[0].alphas)
-    assert encoder.pooling(pooled) is None
+        torch.testing.assert_close(one[0].sequence_alphas, other[0].sequence_alphas)
+    assert pooling_matrix(pooled, size) is pooling_matrix(pooled.flatten(1, 2), size) is None
+    assert pooling_matrix(grid, size).shape == (size ** 2, 12)
 
 
 def test_captions_of_one_picture_need_its_features_once() -> None:
@@ -258,8 +279,8 @@ def test_a_wide_beam_finds_the_best_of_all_captions(length_penalty: float) -> No
     """Against every sentence of up to three words that there is, forbidden words left out."""
     decoder, features = random_decoder(1)
     speakable = [WORDS["a"], WORDS["b"]]
-    search = decoder.beam_search(features, WORDS, 40, max_len=4, n_best=5, length_penalty=length_penalty)
-    for picture, found in zip(features, search, strict=True):
+    search = Search(beam_size=40, max_len=4, n_best=5, length_penalty=length_penalty)
+    for picture, found in zip(features, beam_search(decoder, features, WORDS, search), strict=True):
         scored = []
         for length in range(4):
             for middle in itertools.product(speakable, repeat=length):
@@ -278,7 +299,7 @@ def test_forbidden_words_are_never_said() -> None:
     decoder, features = random_decoder(0)
     silent = [WORDS["<start>"], WORDS["<pad>"], WORDS["<unk>"]]
     decoder.fc.bias.data[silent] += 50  # it would say nothing else
-    for found in decoder.beam_search(features, WORDS, 3, max_len=6, n_best=3):
+    for found in beam_search(decoder, features, WORDS, Search(beam_size=3, max_len=6, n_best=3)):
         for each in found:
             assert not set(silent) & set(each.sequence[1:])
 
@@ -287,28 +308,32 @@ def test_forbidden_words_are_never_said() -> None:
 @pytest.mark.parametrize("pictures", [1, 3])
 def test_a_model_that_never_ends_gives_its_best_unfinished_caption(beam_size: int, pictures: int) -> None:
     decoder, features = random_decoder(0, bias=-torch.inf)
-    for found in decoder.beam_search(features[:pictures], WORDS, beam_size, max_len=7):
+    for found in beam_search(decoder, features[:pictures], WORDS, Search(beam_size, max_len=7)):
         assert not found[0].finished
-        assert len(found[0].sequence) == len(found[0].alphas) == 8
+        assert len(found[0].sequence) == len(found[0].sequence_alphas) == 8
+        assert len(found[0].words) == len(found[0].alphas) == len(found[0].word_log_probs) == 7
 
 
 def test_a_model_that_ends_at_once_gives_the_empty_caption() -> None:
     decoder, features = random_decoder(0, bias=1e9)
-    for found in decoder.beam_search(features, WORDS, 3):
+    for found in beam_search(decoder, features, WORDS, Search(3)):
         assert found[0].finished
         assert found[0].sequence == [WORDS["<start>"], WORDS["<end>"]]
+        assert (found[0].words, found[0].alphas.shape) == ([], (0, 2, 2))
 
 
 def test_a_model_gone_wrong_gives_the_bare_start() -> None:
     decoder, features = random_decoder(0)
     decoder.fc.bias.data.fill_(torch.nan)
-    found = decoder.beam_search(features, WORDS, 3)
-    assert [each.sequence for best in found for each in best] == [[WORDS["<start>"]]] * 3
+    for with_alphas in (True, False):
+        found = [each for best in beam_search(decoder, features, WORDS, Search(3), with_alphas) for each in best]
+        assert [each.sequence for each in found] == [[WORDS["<start>"]]] * 3
+        assert [(each.words, each.word_log_probs, each.finished) for each in found] == [([], [], False)] * 3
 
 
 def test_finished_captions_come_before_more_probable_unfinished_ones() -> None:
     decoder, features = random_decoder(2, bias=-2)
-    for found in decoder.beam_search(features, WORDS, 5, max_len=3, n_best=5):
+    for found in beam_search(decoder, features, WORDS, Search(beam_size=5, max_len=3, n_best=5)):
         flags = [each.finished for each in found]
         assert flags == sorted(flags, reverse=True)
         assert [each.log_prob for each in found if each.finished] == sorted(
@@ -354,8 +379,8 @@ def test_encoders_give_a_grid_of_features(name: str, encoder_dim: int) -> None:
     assert all(tuned[encoder.first_tuned:])
     assert not any(each.requires_grad for layer in encoder.resnet[:encoder.first_tuned] for each in layer.parameters())
     sizes = {"attention_dim": 4, "embed_dim": 4, "decoder_dim": 4, "vocab_size": 9, "encoder_dim": encoder_dim}
-    again, _ = build_models({"model": {"encoder": name, "encoded_image_size": 14, **sizes},
-                             "encoder": encoder.state_dict(), "decoder": DecoderWithAttention(**sizes).state_dict()})
+    again, _ = restore({"model": {"encoder": name, "encoded_image_size": 14, **sizes},
+                        "encoder": encoder.state_dict(), "decoder": DecoderWithAttention(**sizes).state_dict()})
     with torch.inference_mode():
         assert torch.equal(again(images), encoder(images))
 
@@ -390,7 +415,7 @@ def test_what_has_no_convolutional_trunk_is_refused(name: str) -> None:
 
 
 def test_one_pixel_is_no_grid_to_look_at(monkeypatch) -> None:
-    monkeypatch.setattr("models._torchvision_trunk", lambda *_: [nn.Conv2d(3, 8, 16, 16), nn.AdaptiveAvgPool2d(1)])
+    monkeypatch.setattr("models.torchvision_layers", lambda *_: [nn.Conv2d(3, 8, 16, 16), nn.AdaptiveAvgPool2d(1)])
     with pytest.raises(ValueError, match="no convolutional trunk"):
         Encoder(name="pooled")
 
@@ -408,7 +433,7 @@ def test_weights_of_a_whole_classifier_are_taken_by_the_trunk() -> None:
     assert torch.equal(encoder.resnet[0].weight, classifier.conv1.weight)
 
 
-def test_a_failed_download_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*_: object, **__: object) -> None:
         raise OSError("no network")
 
@@ -442,7 +467,7 @@ def test_a_checkpoint_rebuilds_its_models() -> None:
     arguments = {"encoder": "mobilenet_v3_small", "encoded_image_size": 7, "attention_dim": 5, "embed_dim": 4,
                  "decoder_dim": 6, "vocab_size": 6, "encoder_dim": 7, "dropout": 0.5}
     checkpoint = {"model": arguments, "encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
-    rebuilt = build_models(checkpoint)
+    rebuilt = restore(checkpoint)
     picture = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(rebuilt[0](picture), encoder(picture))

@@ -5,7 +5,6 @@ The files of create_input_files.py, the sampler and damaged checkpoints have the
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -19,8 +18,9 @@ from test_checkpoints import WORDS, same
 from test_models import WORDS as SAID
 from test_models import narrowing_search, random_decoder
 
-from create_input_files import Picture, write_split
-from datasets import read_image, read_json, reverse, words_of
+from caption import Search, beam_search
+from create_input_files import encode_caption, sample_captions
+from datasets import read_image, reverse, words_of
 from safety.checkpoints import load_checkpoint, save_checkpoint
 from safety.errors import printable
 
@@ -41,30 +41,19 @@ some_words = st.lists(st.sampled_from([*"abcdefg", "rare", "\x1b[2J", "<b>"]), m
 
 @given(st.lists(some_words, min_size=1, max_size=7), st.integers(1, 6), st.integers(0, 3))
 @few
-@pytest.mark.usefixtures("unread")
-def test_encoded_captions_are_captions_of_the_picture(folder, captions, cpi, more):
-    """Each of them is one that people wrote, with <unk> for what is not in the vocabulary; its length is true."""
+def test_encoded_captions_are_captions_of_the_picture(captions, cpi, more):
+    """Each of them is one that people wrote, with <unk> for what is not in the vocabulary."""
     max_len = max(map(len, captions)) + more
-    picture = Picture(Path("x"), 0, "VAL", captions, captions)
-    write_split(folder, "x", "VAL", [picture], WORDS, Random(123), cpi, max_len, 0, "")
-    encoded, lengths = (read_json(folder / f"VAL_{kind}_x.json") for kind in ("CAPTIONS", "CAPLENS"))
+    drawn = sample_captions(captions, cpi, Random(123))
     known = [[word if word in WORDS else "<unk>" for word in caption] for caption in captions]
-    assert len(encoded) == len(lengths) == cpi
-    for row, length in zip(encoded, lengths, strict=True):
+    assert len(drawn) == cpi
+    for words in drawn:
+        row, length = encode_caption(words, WORDS, max_len), 2 + len(words)
         assert len(row) == max_len + 2 and row[0] == WORDS["<start>"] and row[length - 1] == WORDS["<end>"]
         assert set(row[length:]) <= {WORDS["<pad>"]} and words_of(row, reverse(WORDS)) in known and length == 2 + len(
             words_of(row, reverse(WORDS)))
     if cpi >= len(captions):
-        assert {str(words_of(row, reverse(WORDS))) for row in encoded} == set(map(str, known)), "none is left out"
-
-
-@pytest.fixture(scope="module")
-def unread() -> Any:
-    """Captions alone: the picture is not read."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("create_input_files.DataLoader", lambda *_, **__: [])
-        patch.setattr("create_input_files.check_pixels", lambda *_: None)
-        yield
+        assert {str(words) for words in drawn} == set(map(str, captions)), "none is left out"
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -74,13 +63,17 @@ def unread() -> Any:
 def test_the_search_is_the_simple_one(seed, beam_size, max_len, bias):
     """Whatever the weights, the width, the length and how readily captions end; the best first."""
     decoder, features = random_decoder(seed, bias)
-    found = decoder.beam_search(features, SAID, beam_size, max_len=max_len, forbidden=(), n_best=beam_size)
-    for picture, hypotheses in zip(features, found, strict=True):
+    found = beam_search(decoder, features, SAID, Search(beam_size, max_len, n_best=beam_size, forbidden=()))
+    for picture, captions in zip(features, found, strict=True):
         expected = narrowing_search(decoder, picture.unsqueeze(0), beam_size, max_len)
-        finished = [each for each in hypotheses if each.finished]
+        finished = [each for each in captions if each.finished]
         assert [each.sequence for each in finished] == [words for _, words in expected]
         assert [each.log_prob for each in finished] == pytest.approx([total for total, _ in expected], abs=1e-4)
-        assert hypotheses[:len(finished)] == finished and all(len(each.sequence) <= max_len + 1 for each in hypotheses)
+        assert all(one is other for one, other in zip(captions, finished, strict=False)), "finished ones come first"
+        assert all(len(each.sequence) <= max_len + 1 for each in captions)
+        for each in captions:
+            assert len(each.word_log_probs) == len(each.sequence) - 1
+            assert sum(each.word_log_probs) == pytest.approx(each.log_prob, rel=1e-6, abs=1e-6)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""The slow search whose tree the README shows finds what the decoder's own does."""
+"""The slow search whose tree the README shows finds what `beam_search` does."""
 from __future__ import annotations
 
 import torch
 
+from caption import Search, beam_search
 from img.record import grow
 from models import DecoderWithAttention
 
@@ -17,8 +18,8 @@ def test_the_tree_is_the_searchs_own() -> None:
     for beam_size in (1, 2, 3):
         tree = grow(decoder, features, WORDS, beam_size, max_len=12)
         ended = sorted((log_prob for level in tree for _, _, log_prob, fate in level if fate == "ended"), reverse=True)
-        found = [each.log_prob for each in decoder.beam_search(features, WORDS, beam_size, 12, n_best=beam_size)[0]
-                 if each.finished]
+        [captions] = beam_search(decoder, features, WORDS, Search(beam_size, max_len=12, n_best=beam_size))
+        found = [each.log_prob for each in captions if each.finished]
         assert len(ended) == len(found)
         torch.testing.assert_close(torch.tensor(ended), torch.tensor(found))
         assert beam_size == 1 or found, "a test of searches that end"

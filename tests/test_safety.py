@@ -3,12 +3,14 @@
 import argparse
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from safety.errors import InputError, UsageError, in_one_line, run_script
-from safety.files import atomic_write
+from safety.files import atomic_write, open_locked
 from training.curves import draw_curves
 
 # ---- atomic_write ----------------------------------------------------------------------------------------------------
@@ -63,6 +65,21 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     with atomic_write(path) as file:
         file.write("x")
     assert synced == [False] and path.read_text() == "x"
+
+
+def test_a_file_that_is_deleted_before_it_is_locked_is_opened_again(tmp_path, monkeypatch):
+    """As `remove_stale` of another process may do."""
+    path, opened = tmp_path / "file", []
+
+    def late(file):
+        opened.append(file)
+        if len(opened) == 1:
+            path.unlink()
+
+    monkeypatch.setattr("safety.files.lock", late)
+    with open_locked(path, "w") as file:
+        file.write("text")
+    assert len(opened) == 2 and opened[0].closed and path.read_text() == "text"
 
 
 # ---- run_script ------------------------------------------------------------------------------------------------------
@@ -141,3 +158,29 @@ def test_a_script_that_succeeds_ends_quietly(monkeypatch, capsys):
     parser.add_argument("--n", type=int)
     run_script(lambda args: seen.append(args.n), parser)
     assert seen == [3] and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the worker is forked with the data set that fails")
+def test_a_script_ends_though_it_failed_in_a_worker(tmp_path: Path) -> None:
+    """The error's frames hold the DataLoader, whose workers take no SIGTERM: Python would wait for them for ever."""
+    (tmp_path / "script.py").write_text("""
+import argparse, multiprocessing
+from torch.utils.data import DataLoader
+from safety.errors import InputError, run_script
+from safety.signals import ignore_signals
+
+class Gone:
+    def __len__(self): return 9
+    def __getitem__(self, i): raise InputError(f"item {i} is gone; bring it back")
+
+def main(args):
+    for _ in DataLoader(Gone(), num_workers=2, worker_init_fn=ignore_signals):
+        pass
+
+multiprocessing.set_start_method("fork")
+run_script(main, argparse.ArgumentParser())
+""")
+    repository = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(repository)})
+    assert (done.returncode, done.stderr) == (1, "script.py: item 0 is gone; bring it back\n")

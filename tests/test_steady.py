@@ -14,9 +14,9 @@ from test_train import load, run, same, setting_of
 from torch.utils.data import DataLoader
 
 import train
-from caption import Captioner
+from caption import Captioner, Search
 from datasets import CaptionDataset, EpochSampler, Pictures, load_word_map
-from eval import generate_captions, validate
+from eval import generate_captions
 from models import DecoderWithAttention, Encoder
 from safety.signals import ignore_signals
 from utils import World
@@ -43,12 +43,12 @@ def resident() -> float:
 def test_memory_of_training_is_flat(prepared: Prepared, tmp_path: Path) -> None:
     """Steps on features that are kept, so that many take little time."""
     setting = setting_of(prepared, tmp_path)
-    learner = train.make_learner(1, None, setting)
-    train.keep_features(setting.train, learner.encoder, CPU, "float32", 0, show=False)
+    training = train.build_training(setting, 1, None)
+    train.keep_features(setting.train, training.captioner, 0, show=False)
     try:
         batch = next(iter(DataLoader(Pictures(setting.train), 4)))
         sums = torch.zeros(5, dtype=torch.float64)
-        assert growth(lambda: sums.add_(train.train_step(setting, learner, batch, 0.0, True)), 50, 150) < 1
+        assert growth(lambda: sums.add_(train.train_step(setting, training, batch)), 50, 150) < 1
     finally:
         setting.train.features.path.unlink()
 
@@ -61,12 +61,12 @@ def test_memory_of_evaluation_is_flat(prepared: Prepared) -> None:
     torch.manual_seed(0)
     encoder = Encoder(4, ENCODER)
     decoder = DecoderWithAttention(8, 8, 16, len(word_map), encoder.encoder_dim)
-    train.keep_features(dataset, encoder, CPU, "float32", 0, show=False)
-    one, model = World(0, 1, CPU), Captioner(encoder, decoder, word_map, "float32")
+    one, model = World(0, 1, CPU), Captioner(encoder, decoder, word_map)
+    train.keep_features(dataset, model, 0, show=False)
 
     def work() -> None:
-        validate(model, dataset, one, 4)
-        generate_captions(model, dataset, 2, one, 4, max_len=8)
+        train.validate(model, dataset, one, 4)
+        generate_captions(model, dataset, Search(beam_size=2, max_len=8), one, 4)
 
     try:
         assert growth(work, 5, 20) < 1

@@ -10,21 +10,29 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ENCODER, Prepared
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
+import caption
+import eval as evaluation
 import train
-from datasets import CaptionDataset, Pictures, load_word_map, normalize
-from models import Encoder
+from datasets import CaptionDataset, EpochSampler, Pictures, load_word_map, normalize
+from models import DECODERS, Annotations, DecoderWithAttention, Encoder, Losses
 from safety.errors import InputError
-from training.resume import claim, take_up
+from training.gaze import draw_sheet
+from training.progress import Progress
+from training.resume import check_resume, claimed_output_folder, lock_folder, output_files
 from utils import World
 
 
@@ -94,11 +102,10 @@ def test_both_stages_leave_log_curves_and_checkpoints(prepared: Prepared, straig
 
 def test_the_gaze_is_drawn_after_each_epoch(prepared: Prepared, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the same three pictures, by the first process alone."""
+    """In the same three pictures, by rank 0 alone."""
     drawn: list[tuple[Any, ...]] = []
-    draw_sheet = train.draw_sheet
-    monkeypatch.setattr(train, "draw_sheet", lambda *given: drawn.append(given) or draw_sheet(*given))
-    run(prepared, tmp_path, "--stage", 1)
+    monkeypatch.setattr("training.gaze.draw_sheet", lambda *given: drawn.append(given) or draw_sheet(*given))
+    row, _ = run(prepared, tmp_path, "--stage", 1)
     assert [title for *_, title in drawn] == ["epoch 1", "epoch 2"]
     images = CaptionDataset(prepared.folder, prepared.name, "VAL").images
     for pictures, captions, _ in drawn:
@@ -110,10 +117,14 @@ def test_the_gaze_is_drawn_after_each_epoch(prepared: Prepared, tmp_path: Path,
         assert gaze.format == "PNG"
         assert gaze.size[1] > 3 * 128
 
-    setting = setting_of(prepared, tmp_path / "other")
-    second = setting._replace(world=World(1, 2, torch.device("cpu")))
-    train.draw_gaze(second, train.make_learner(1, None, setting), "epoch 1")
-    assert len(drawn) == 2
+    for name in ("train_epoch", "validate_epoch"):
+        monkeypatch.setattr(train, name, lambda *_: dict(row))
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda model: model)
+    second = setting_of(prepared, tmp_path / "other")._replace(world=World(1, 2, torch.device("cpu")))
+    progress = Progress(1)
+    train.run_stage(second, progress, None)
+    assert progress.epoch == 2
+    assert len(drawn) == 2 and not (tmp_path / "other").exists()
 
 
 def test_a_frozen_encoder_is_frozen_bit_for_bit(prepared: Prepared, tmp_path: Path) -> None:
@@ -139,9 +150,9 @@ def test_the_second_stage_begins_with_the_best_of_the_first(prepared: Prepared, 
     scores = iter([5.0, 3.0, 1.0, 1.0])
     monkeypatch.setattr(train, "bleu", lambda *_: [0, 0, 0, next(scores)])
     made: list[dict[str, Any]] = []
-    make_learner = train.make_learner
-    monkeypatch.setattr(train, "make_learner", lambda stage, start, run: made.append(start) or
-                        make_learner(stage, start, run))
+    build_training = train.build_training
+    monkeypatch.setattr(train, "build_training", lambda run, stage, start: made.append(start) or
+                        build_training(run, stage, start))
     run(prepared, tmp_path)
     assert made[0] is None
     assert made[1]["training"]["epoch"] == 1
@@ -191,7 +202,7 @@ def test_the_order_of_captions_may_be_the_tutorials(prepared: Prepared, tmp_path
 def test_within_an_epoch_other_batches_begin_it_again(prepared: Prepared, tmp_path: Path,
                                                       capsys: pytest.CaptureFixture[str],
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that who ran out of memory in the middle of an epoch can go on with smaller batches."""
+    """So that who ran out of memory in the middle of an epoch can resume with smaller batches."""
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
@@ -214,9 +225,9 @@ def test_the_tuned_recipe_resumed_is_the_run_left_alone(prepared: Prepared, tmp_
     rates, changed, train_step, augment = [], [], train.train_step, train.augment
     monkeypatch.setattr(train, "augment", lambda images: changed.append(len(rates)) or augment(images))
 
-    def step(run: train.Run, learner: train.Learner, *others: Any) -> torch.Tensor:
-        rates.append([each.param_groups[0]["lr"] for each in learner.optimizers.values()])
-        return train_step(run, learner, *others)
+    def step(run: train.Run, training: train.Training, *others: Any) -> torch.Tensor:
+        rates.append([each.param_groups[0]["lr"] for each in training.optimizers.values()])
+        return train_step(run, training, *others)
 
     monkeypatch.setattr(train, "train_step", step)
     run(prepared, tmp_path / "alone", *recipe)
@@ -240,55 +251,104 @@ def test_a_recipe_is_a_file_of_flags(tmp_path: Path) -> None:
     assert (args.schedule, args.augment, args.epochs) == ("cosine", True, [5])
 
 
-def test_two_processes_give_the_losses_and_scores_of_one(prepared: Prepared, tmp_path: Path) -> None:
-    """One process with the doubled batch, in float32, and no dropout, which is drawn by each process for itself."""
-    options = ["--dropout", 0, "--epochs", 1]
-    alone = run(prepared, tmp_path / "one", *options, "--batch_size", 20)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__,
-               *flags(prepared, tmp_path / "two", *options, "--batch_size", 10)]
+def test_a_recipe_for_both_stages_trains_one(prepared: Prepared, tmp_path: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    """And says in one line which of its flags that stage does not use."""
+    data = shutil.copytree(prepared.folder, tmp_path / "data")  # where the recipe keeps features
+    recipe = Path(train.__file__).parent / "recipes" / "tuned.txt"
+    args = train.get_parser().parse_args([f"@{recipe}", *flags(
+        prepared, tmp_path / "out", "--data_folder", data, "--stage", 1, "--epochs", 1)])
+    (row,) = train.main(args)
+    assert row["stage"] == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if "not use" in line]
+    assert said == ["stage 1 alone does not use --augment, --encoder_lr"]
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 10), (3, 25)], ids=["two", "three, some with dummy items"])
+def test_several_processes_give_the_losses_and_scores_of_one(prepared: Prepared, tmp_path: Path, processes: int,
+                                                             batch_size: int) -> None:
+    """One process with the batch of all, in float32, and no dropout, which is drawn by each process for itself."""
+    options = ["--dropout", 0, "--epochs", 1, "--grad_clip", 1e-3]  # of sums: to Adam alone means would be the same
+    alone = run(prepared, tmp_path / "one", *options, "--batch_size", processes * batch_size)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               train.__file__, *flags(prepared, tmp_path / "all", *options, "--batch_size", batch_size)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
-    log = tmp_path / "two" / f"log_{prepared.name}.jsonl"
-    for one, two in zip(alone, map(json.loads, log.read_text().splitlines()), strict=True):
+    log = tmp_path / "all" / f"log_{prepared.name}.jsonl"
+    for one, several in zip(alone, map(json.loads, log.read_text().splitlines()), strict=True):
         for name in ("train_loss", "val_loss", "val_top5", "bleu4", "bleu4_teacher_forced"):
-            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+            assert several[name] == pytest.approx(one[name], rel=1e-5), name
 
 
-def setting_of(prepared: Prepared, folder: Path) -> train.Run:
+def test_two_processes_compute_the_gradients_of_one(prepared: Prepared, tmp_path: Path) -> None:
+    """Of the encoder too, whose pretrained weights and BatchNorm's averages rank 0 alone has read."""
+    torch.manual_seed(1)
+    weights = torchvision.models.get_model(ENCODER).state_dict()
+    weights["features.12.1.weight"].fill_(1e7)  # random layers leave almost nothing of a picture
+    weights["features.0.1.running_mean"].fill_(0.5)
+    torch.save(weights, tmp_path / "weights.pth")
+    one_step(0, 1, prepared, tmp_path)
+    torch.multiprocessing.spawn(one_step, (2, prepared, tmp_path), 2)
+    expected, *others = (torch.load(tmp_path / name) for name in ("0 of 1", "0 of 2", "1 of 2"))
+    assert sum(bool(each.any()) for each in expected) > 100
+    for found in others:
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-6)
+
+
+def one_step(rank: int, processes: int, prepared: Prepared, folder: Path) -> None:
+    """One of some processes, with its share of four pictures; writes its sums and gradients to a file."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        store = torch.distributed.FileStore(str(folder / "store"), processes)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    setting = setting_of(prepared, folder, "--encoder_weights", folder / "weights.pth", "--dropout", 0)._replace(
+        world=World(rank, processes, torch.device("cpu")))
+    training = train.build_training(setting, 2, None)
+    items = Pictures(setting.train)
+    sampler = EpochSampler(len(items), 4 // processes, 0, rank, processes)
+    sums = train.train_step(setting, training, next(iter(DataLoader(items, batch_sampler=sampler))))
+    torch.save([sums, *(each.grad for each in train.learning_parameters(training))],
+               folder / f"{rank} of {processes}")
+
+
+def setting_of(prepared: Prepared, folder: Path, *more: object) -> train.Run:
     """What train.py has before its first stage."""
     args = train.get_parser().parse_args(flags(prepared, folder, "--alpha_c", 0.7, "--grad_clip", 1e-3,
-                                                   "--label_smoothing", 0.2))
+                                               "--label_smoothing", 0.2, *more))
     data = [CaptionDataset(prepared.folder, prepared.name, split) for split in ("TRAIN", "VAL")]
     world = World(0, 1, torch.device("cpu"))
-    return train.Run(args, world, "float32", print, load_word_map(prepared.folder, prepared.name), *data, [])
+    word_map = load_word_map(prepared.folder, prepared.name)
+    return train.Run(args, output_files(args), world, "float32", print, word_map, *data, [])
 
 
-def test_a_stopgap_counts_for_nothing(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dummy_item_counts_for_nothing(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process for which an epoch's last batch has no caption computes one, without effect on loss or gradients."""
     setting = setting_of(prepared, tmp_path)
-    learner = train.make_learner(1, None, setting)
+    training = train.build_training(setting, 1, None)
     setting = setting._replace(world=World(1, 2, torch.device("cpu")))
     others = torch.tensor([3.0, 2.0, 1.0, 5.0, 1.0], dtype=torch.float64)
-    monkeypatch.setattr(train.dist, "all_reduce", lambda totals: totals.add_(others))
-    monkeypatch.setattr(train, "sum_gradients", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.add_(others))
     batch = next(iter(DataLoader(Pictures(setting.train), 1)))
-    assert train.train_step(setting, learner, batch, 0.0, False).tolist() == others.tolist()
-    assert not any(each.grad.any() for each in learner.decoder.parameters())
-    assert not torch.equal(train.train_step(setting, learner, batch, 0.0, True), others)
+    assert train.train_step(setting, training, batch, has_share=False).tolist() == others.tolist()
+    assert not any(each.grad.any() for each in training.captioner.decoder.parameters())
+    assert not torch.equal(train.train_step(setting, training, batch), others)
+    assert any(each.grad.any() for each in training.captioner.decoder.parameters())
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_is_the_plain_arithmetic(prepared: Prepared, tmp_path: Path, stage: int) -> None:
     """Dropout, both terms of the loss, each gradient cut off, Adam; in stage 1 nothing of it for the encoder."""
     setting = setting_of(prepared, tmp_path)
-    learner = train.make_learner(stage, None, setting)
-    learner.decoder.train()
+    training = train.build_training(setting, stage, None)
+    learned_encoder, learned_decoder, *_ = training.captioner
+    learned_decoder.train()
     with torch.no_grad():
-        learner.encoder.resnet[-1][1].weight.fill_(1e7)  # random layers leave almost nothing of a picture
-    encoder, decoder = copy.deepcopy(learner.encoder), copy.deepcopy(learner.decoder)
+        learned_encoder.resnet[-1][1].weight.fill_(1e7)  # random layers leave almost nothing of a picture
+    encoder, decoder = copy.deepcopy(learned_encoder), copy.deepcopy(learned_decoder)
     batch = next(iter(DataLoader(Pictures(setting.train), 4)))
     torch.manual_seed(5)
-    sums = train.train_step(setting, learner, batch, 0.0, True)
+    sums = train.train_step(setting, training, batch)
 
     torch.manual_seed(5)
     pictures, captions, lengths = batch
@@ -300,7 +360,7 @@ def test_a_step_is_the_plain_arithmetic(prepared: Prepared, tmp_path: Path, stag
     loss = loss + 0.7 * ((1 - alphas.sum(dim=1)) ** 2).mean()
     loss.backward()
     learning = [(decoder, 0.01)] + ([(encoder, 1e-4)] if stage == 2 else [])
-    for (model, lr), learned in zip(learning, (learner.decoder, learner.encoder), strict=False):
+    for (model, lr), learned in zip(learning, (learned_decoder, learned_encoder), strict=False):
         gradients = [(each, own.grad) for each, own in zip(model.parameters(), learned.parameters(), strict=True)
                      if each.requires_grad]
         for parameter, gradient in gradients:
@@ -310,13 +370,13 @@ def test_a_step_is_the_plain_arithmetic(prepared: Prepared, tmp_path: Path, stag
             gradient.numel() for _, gradient in gradients), "some are cut off"
         torch.optim.Adam([parameter for parameter, _ in gradients], lr=lr).step()
 
-    assert train.loss_of(sums.tolist(), 0.7) == pytest.approx(loss.item(), rel=1e-5)
-    for plain, learned in ((decoder, learner.decoder), (encoder, learner.encoder)):
+    assert train.mean_loss(sums.tolist(), 0.7) == pytest.approx(loss.item(), rel=1e-5)
+    for plain, learned in ((decoder, learned_decoder), (encoder, learned_encoder)):
         for (name, value), other in zip(plain.named_parameters(), learned.parameters(), strict=True):
             # Adam divides by the gradient's size: of next to nothing it makes a step of any direction.
             solid = slice(None) if value.grad is None else value.grad.abs() > 1e-5
             torch.testing.assert_close(other[solid], value[solid], rtol=1e-4, atol=1e-5, msg=name)
-    tuned = [each for each in learner.encoder.parameters() if each.requires_grad]
+    tuned = [each for each in learned_encoder.parameters() if each.requires_grad]
     assert bool(tuned) == (stage == 2)  # in stage 1 no gradient is computed for the encoder
     assert all(each.grad is not None for each in tuned)
 
@@ -375,10 +435,10 @@ def test_scheduled_sampling_grows_to_its_probability(prepared: Prepared, tmp_pat
     seen: list[float] = []
     train_step = train.train_step
 
-    def step(run: train.Run, learner: train.Learner, batch: Any, sampling: float, counts: bool) -> torch.Tensor:
-        assert learner.decoder.training  # again, after a validation
+    def step(run: train.Run, training: train.Training, batch: Any, sampling: float, has_share: bool) -> torch.Tensor:
+        assert training.captioner.decoder.training  # again, after a validation
         seen.append(sampling)
-        return train_step(run, learner, batch, sampling, counts)
+        return train_step(run, training, batch, sampling, has_share)
 
     monkeypatch.setattr(train, "train_step", step)
     run(prepared, tmp_path, "--stage", 1, "--epochs", 3, "--scheduled_sampling", 0.5)
@@ -389,8 +449,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(prepared: Prepa
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
     before = (tmp_path / f"checkpoint_{prepared.name}.pth.tar").read_bytes()
-    measure = train.measure
-    monkeypatch.setattr(train, "measure", lambda *output, **options: measure(*output, **options) * torch.nan)
+    caption_losses = train.caption_losses
+    monkeypatch.setattr(train, "caption_losses", lambda *given: Losses(*(
+        each * torch.nan for each in caption_losses(*given))))
     with pytest.raises(InputError, match="the loss is nan"):
         run(prepared, tmp_path, "--checkpoint", tmp_path / f"checkpoint_{prepared.name}.pth.tar")
     assert (tmp_path / f"checkpoint_{prepared.name}.pth.tar").read_bytes() == before
@@ -400,9 +461,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(prepared: Prepa
     (["--data_name", "nothing"], "no data set nothing"),
     (["--data_folder", "nowhere"], "create_input_files.py"),
     (["--stage", "2"], "--checkpoint"),
-    (["--epochs", "0"], "--epochs"),
     (["--batch_size", "1", "2", "3"], "--batch_size"),
-    (["--dropout", "1"], "--dropout"),
     (["--freeze_embeddings"], "--embeddings"),
     (["--checkpoint", "nothing.pth.tar"], "no such checkpoint"),
     (["--encoder", "no_such_network"], "no_such_network"),
@@ -412,6 +471,15 @@ def test_what_cannot_work_is_said_in_one_line(prepared: Prepared, tmp_path: Path
                                               message: str) -> None:
     with pytest.raises((InputError, OSError), match=message):
         run(prepared, tmp_path, *more)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--epochs", "0"], "argument --epochs: 0: a whole number of 1 or more"),
+    (["--dropout", "1"], "argument --dropout: 1: a number from 0 to below 1")])
+def test_a_number_out_of_its_range_is_refused(prepared: Prepared, tmp_path: Path, command: Any, more: list[str],
+                                              message: str) -> None:
+    assert command(train, *flags(prepared, tmp_path, *more)) == (2, f"train.py: {message} (--help tells the flags)\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -426,10 +494,10 @@ def test_a_finished_run_is_not_overwritten_unasked(prepared: Prepared, straight:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 def test_one_run_is_at_work_in_a_folder(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second one waits a while for what a killed run left, and is refused."""
-    monkeypatch.setattr("training.resume.CLAIM_SECONDS", 0.5)
+    monkeypatch.setattr("training.resume.LOCK_SECONDS", 0.5)
     monkeypatch.setattr(train, "run_stages", lambda *_: [{"begun": True}])
     there = tmp_path / f"checkpoint_{prepared.name}.pth.tar"
-    first = claim(there.with_name(f".{there.name}.run.tmp"))
+    first = lock_folder(there.with_name(f".{there.name}.run.tmp"))
     with pytest.raises(InputError, match=f"another run is at work on {there}"):
         run(prepared, tmp_path)
     threading.Timer(0.2, first.close).start()
@@ -451,6 +519,26 @@ def test_one_run_is_at_work_in_a_folder(prepared: Prepared, tmp_path: Path, monk
     assert run(prepared, tmp_path) == [{"begun": True}], "though a process that it forked lives"
     os.kill(reader[0], 9)
     os.waitpid(reader[0], 0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+@pytest.mark.parametrize(("resumes", "message"), [(False, "holds a run already"), (True, "belongs to another run")])
+def test_what_another_run_saved_meanwhile_is_not_overwritten(prepared: Prepared, straight: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch, resumes: bool,
+                                                             message: str) -> None:
+    """It had no checkpoint yet when this run began to wait for its lock; then it saved one, and ended."""
+    there = tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+    other = ExitStack()
+    other.enter_context(claimed_output_folder(setting_of(prepared, tmp_path).args, World(0, 1, torch.device("cpu"))))
+
+    def meanwhile(_: float) -> None:
+        there.write_bytes(b"of the other")
+        other.close()
+
+    monkeypatch.setattr("training.resume.time", SimpleNamespace(monotonic=time.monotonic, sleep=meanwhile))
+    with pytest.raises(InputError, match=f"{there} {message}"):
+        run(prepared, tmp_path, *(["--checkpoint", straight / there.name] if resumes else []))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {there.name: b"of the other"}
 
 
 def test_an_older_checkpoint_does_not_replace_a_newer_one(prepared: Prepared, tmp_path: Path) -> None:
@@ -478,16 +566,17 @@ def test_a_checkpoint_without_its_best_one_has_its_own_score_to_beat(prepared: P
     args = train.get_parser().parse_args(flags(prepared, tmp_path, "--checkpoint", alone))
     for _ in range(2):  # as when the first was killed before it saved anything
         start["training"]["best_bleu4"] = 99.0
-        take_up(start, args, World(0, 1, torch.device("cpu")))
-        assert start["training"]["best_bleu4"] == start["scores"]["bleu4"] < 99
+        progress, _ = check_resume(start, args, World(0, 1, torch.device("cpu")))
+        assert progress.best_bleu4 == start["scores"]["bleu4"] < 99
+        assert start["training"]["best_bleu4"] == 99.0, "it is left as it is"
     start["training"]["world_size"] = 2
-    (said,) = take_up(start, args, World(0, 1, torch.device("cpu")))
+    _, (said,) = check_resume(start, args, World(0, 1, torch.device("cpu")))
     assert "another number of processes than before (2)" in said
     assert (tmp_path / f"BEST_checkpoint_{prepared.name}.pth.tar").read_bytes() == alone.read_bytes()
 
 
-def test_going_on_with_other_flags_is_said(prepared: Prepared, tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_flags_on_a_resume_are_said(prepared: Prepared, tmp_path: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
     run(prepared, tmp_path, "--stage", 1, "--alpha_c", 0.5, "--checkpoint",
         tmp_path / f"checkpoint_{prepared.name}.pth.tar")
@@ -513,8 +602,8 @@ def test_each_stage_has_its_own_rate_without_a_schedule_too(prepared: Prepared, 
     assert last["decoder_lr"] == 0.002
 
 
-def test_the_best_checkpoint_of_another_run_is_neither_overwritten_nor_gone_on_with(prepared: Prepared, straight: Path,
-                                                                                    tmp_path: Path) -> None:
+def test_the_best_checkpoint_of_another_run_is_neither_overwritten_nor_resumed(prepared: Prepared, straight: Path,
+                                                                           tmp_path: Path) -> None:
     name = f"BEST_checkpoint_{prepared.name}.pth.tar"
     (tmp_path / name).write_bytes(b"of somebody else")
     with pytest.raises(InputError, match=f"{name} holds a run already"):
@@ -544,4 +633,69 @@ def test_another_number_of_epochs_is_said_where_rates_depend_on_it(prepared: Pre
     there = tmp_path / f"checkpoint_{prepared.name}.pth.tar"
     run(prepared, tmp_path, "--stage", 1, "--epochs", 1, "--schedule", "cosine")
     run(prepared, tmp_path, "--stage", 1, "--epochs", 2, "--schedule", "cosine", "--checkpoint", there)
-    assert "going on with other flags than before: --epochs [2] (was [1])" in capsys.readouterr().out
+    assert "resumed with other flags than before: --epochs [2] (was [1])" in capsys.readouterr().out
+
+
+class GRUDecoder(DecoderWithAttention):
+    """With a GRU instead of the LSTM: its state is h alone."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.decode_step = nn.GRUCell(self.decode_step.input_size, self.decode_step.hidden_size)
+        del self.init_c
+
+    def init_hidden_state(self, encoder_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.init_h(encoder_out.mean(dim=1)),)
+
+    def step(self, words: torch.Tensor, annotations: Annotations,
+             state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        [h] = state
+        context, alpha = self.attention(annotations, h)
+        context = torch.sigmoid(self.f_beta(h)) * context
+        h = self.decode_step(torch.cat([self.embedding(words), context], dim=1), h)
+        return self.dropout(h), alpha, (h,)
+
+
+def test_a_decoder_of_ones_own_serves_every_script_by_its_name(prepared: Prepared, straight: Path, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
+    """Trained in both stages, resumed bit for bit in each, evaluated and asked; refused where nobody registered it."""
+    monkeypatch.setitem(DECODERS, "gru", GRUDecoder)
+    monkeypatch.setattr("eval.shutil.which", lambda _: None)  # METEOR has nothing to do with it
+    name = f"checkpoint_{prepared.name}.pth.tar"
+    run(prepared, tmp_path / "alone", "--decoder", "gru", "--epochs", 1)
+    options = ["--epochs", 1, "--checkpoint_minutes", 0]
+    for steps, more in ((2, ["--decoder", "gru"]), (4, ["--checkpoint", tmp_path / "stopped" / name])):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, steps)
+            run(prepared, tmp_path / "stopped", *options, *more)
+        assert load(tmp_path / "stopped", prepared)["training"]["step"] == 2
+    run(prepared, tmp_path / "stopped", *options, "--checkpoint", tmp_path / "stopped" / name)
+    for prefix in ("checkpoint_", "BEST_checkpoint_"):
+        assert_same_run(load(tmp_path / "stopped", prepared, prefix), load(tmp_path / "alone", prepared, prefix))
+    state = load(tmp_path / "alone", prepared)
+    assert state["model"]["decoder"] == "gru" and state["training"]["stage"] == 2
+    assert state["decoder"]["decode_step.weight_hh"].shape == (3 * 16, 16)
+
+    best, out = tmp_path / "alone" / f"BEST_{name}", tmp_path / "out"
+    search = ["--beam_size", 3, "--length_penalty", 1, "--max_len", 8, "--device", "cpu"]
+    evaluate = ["--checkpoint", best, "--data_folder", prepared.folder, "--data_name", prepared.name, "--out", out,
+                *search]
+    ask = ["--model", best, "--img", prepared.pictures / "shapes_test_*", "--json", out / "asked.json", *search]
+    assert command(evaluation, *evaluate)[0] == 0
+    assert command(caption, *ask) == (0, "")
+    scored = [each["caption"] for each in json.loads((out / "captions_TEST_beam3.json").read_text())]
+    assert scored == [each["captions"][0]["caption"] for each in json.loads((out / "asked.json").read_text())]
+    assert len(scored) == 7 and all(scored)
+
+    monkeypatch.delitem(DECODERS, "gru")
+    resume = flags(prepared, tmp_path / "alone", "--checkpoint", tmp_path / "alone" / name)
+    for script, arguments, path in ((train, resume, resume[-1]), (evaluation, evaluate, best), (caption, ask, best)):
+        status, said = command(script, *arguments)
+        assert status == 1 and said.count("\n") == 1 and str(path) in said
+        assert "there is no decoder 'gru', only lstm" in said
+    status, said = command(train, *flags(prepared, tmp_path / "new", "--decoder", "gru"))
+    assert status == 2 and said.startswith("train.py: --decoder gru: ") and said.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setitem(DECODERS, "gru", GRUDecoder)
+    with pytest.raises(InputError, match="holds a model with --decoder lstm, and not gru"):
+        run(prepared, straight, "--decoder", "gru", "--checkpoint", straight / name)

@@ -1,9 +1,12 @@
 """What the scripts share: devices and embeddings are checked."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import utils
@@ -72,7 +75,14 @@ def test_one_process_needs_no_others():
     alone = World(0, 1, torch.device("cpu"))
     tensor = torch.ones(2)
     assert utils.gather([1, 2], alone) == [[1, 2]] and utils.broadcast("x", alone) == "x"
-    assert utils.broadcast_tensors([tensor], alone) is None and tensor.tolist() == [1, 1]
+    assert utils.sum_over(tensor, alone) is tensor and tensor.tolist() == [1, 1]
+
+
+@given(items=st.lists(st.integers()), world_size=st.integers(1, 9))
+def test_what_all_ranks_have_is_in_order_again(items, world_size):
+    shares = [items[rank::world_size] for rank in range(world_size)]
+    with mock.patch.object(utils, "gather", lambda own, world: shares):
+        assert utils.gather_in_order(shares[0], World(0, world_size, torch.device("cpu"))) == items
 
 
 @pytest.mark.parametrize("precision, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])

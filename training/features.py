@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from caption import Captioner
 from datasets import PREPROCESSING, CaptionDataset, Pictures, encode
 from safety.errors import InputError
 from safety.files import lock, naming_write_errors
 from safety.signals import ignore_signals
-from utils import autocast, progress
+from utils import autocast, progress_bar
 
 FEATURES_AT_ONCE = 32  # pictures encoded between two writes
 
@@ -42,7 +43,7 @@ class Features:
             try:  # read-only: Linux refuses a writable map that is larger than its memory
                 self._open = np.memmap(self.path, np.uint8, "r", shape=(len(self), self.n_bytes // len(self)))
             except (OSError, ValueError) as error:
-                raise InputError(f"{self.path} cannot be read any more ({error}); go on from the last checkpoint, "
+                raise InputError(f"{self.path} cannot be read any more ({error}); resume from the last checkpoint, "
                                  "which makes it again") from error
         return torch.from_numpy(np.array(self._open[i])).view(self.dtype).view(self.shape[1:])
 
@@ -50,24 +51,24 @@ class Features:
         return {**self.__dict__, "_open": None}  # a worker process maps the file itself
 
 
-def keep_features(dataset: CaptionDataset, encoder: nn.Module, device: torch.device, precision: str, workers: int,
-                  show: bool = True) -> None:
+def keep_features(dataset: CaptionDataset, model: Captioner, workers: int, show: bool = True) -> None:
     """Encodes each picture once, into a file beside the pictures; from then on the data set gives these features.
 
     A frozen encoder gives the same features every epoch. They are kept in the run's own precision, so that nothing
-    that is computed from them changes. The file's name holds a digest of the encoder, the precision and the
-    pictures' file (not of the device); an unfinished one is gone on with. Of several processes on a machine the first
-    encodes, and the others wait for the file.
+    that is computed from them changes. The file's name holds a hash of the encoder, the precision and the pictures'
+    file (not of the device); an unfinished file is continued. Of several processes on a machine the first encodes, and
+    the others wait for the file.
 
     Raises:
         InputError: too little space on the disk.
     """
-    with torch.inference_mode(), autocast(device, precision):
-        shape = encode(encoder, dataset.picture(0).unsqueeze(0), device).shape[1:]
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    shape = encode_batch(model, dataset.picture(0).unsqueeze(0)).shape[1:]
+    dtype = torch.bfloat16 if model.precision == "bfloat16" else torch.float32
     pixels = dataset.path.stat()
-    digest = hashlib.sha256(repr((str(encoder), PREPROCESSING, dtype, pixels.st_size, pixels.st_mtime_ns)).encode())
-    for tensor in encoder.state_dict().values():
+    pooled = "" if getattr(model.decoder, "map_size", None) else " pooled"  # see `datasets.encode`
+    digest = hashlib.sha256(repr((str(model.encoder) + pooled, PREPROCESSING, dtype, pixels.st_size,
+                                  pixels.st_mtime_ns)).encode())
+    for tensor in model.encoder.state_dict().values():
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     name = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")
     path = dataset.path.with_name(f"{name}_{digest.hexdigest()[:16]}.bin")
@@ -77,15 +78,21 @@ def keep_features(dataset: CaptionDataset, encoder: nn.Module, device: torch.dev
               f" bytes; delete what no run needs: {' '.join(map(str, others))}")
     features = Features(path, dataset.n_images, shape, dtype)
     if os.environ.get("LOCAL_RANK", "0") == "0" and not path.is_file():
-        _write_features(features, dataset, encoder, device, precision, workers, show)
+        _write_features(features, dataset, model, workers, show)
     while not path.is_file():
         time.sleep(0.2)
     dataset.features = features
 
 
 @torch.inference_mode()
-def _write_features(features: Features, dataset: CaptionDataset, encoder: nn.Module, device: torch.device,
-                    precision: str, workers: int, show: bool) -> None:
+def encode_batch(model: Captioner, images: Tensor) -> Tensor:
+    """Bytes (N, 3, 256, 256) to features (N, h, w, C)."""
+    device = next(model.decoder.parameters()).device
+    with autocast(device, model.precision):
+        return encode(model.encoder, model.decoder, images, device)
+
+
+def _write_features(features: Features, dataset: CaptionDataset, model: Captioner, workers: int, show: bool) -> None:
     partial = features.path.with_name(f".{features.path.name}.{platform.node()}.part")
     size = features.n_bytes // len(features)
     done = partial.stat().st_size // size if partial.is_file() else 0
@@ -102,10 +109,9 @@ def _write_features(features: Features, dataset: CaptionDataset, encoder: nn.Mod
         done = file.tell() // size // FEATURES_AT_ONCE * FEATURES_AT_ONCE  # batches as in one go, for the same bits
         file.truncate(done * size)
         rest = torch.utils.data.Subset(Pictures(dataset), range(done, dataset.n_images))
-        bar = progress(None, f"features, {dataset.split}", "picture", show, total=dataset.n_images, initial=done)
+        bar = progress_bar(None, f"features, {dataset.split}", "picture", show, total=dataset.n_images, initial=done)
         for pictures, *_ in DataLoader(rest, FEATURES_AT_ONCE, num_workers=workers, worker_init_fn=ignore_signals):
-            with autocast(device, precision):
-                rows = encode(encoder, pictures, device)
+            rows = encode_batch(model, pictures)
             with naming_write_errors(partial):
                 file.write(rows.to(features.dtype).cpu().contiguous().view(torch.uint8).numpy())
                 file.flush()

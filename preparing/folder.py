@@ -1,0 +1,101 @@
+"""A data set's thirteen files in a folder: written once, and whole or not at all.
+
+They are written into a temporary folder, which becomes the ready folder once all are complete; only then do they move
+to their places. A run that is killed in between leaves the rest to the next run.
+"""
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from datasets import IMAGE_SIZE
+from safety.errors import InputError
+from safety.files import naming_write_errors, remove_stale, temporary_folder
+
+JSON_FILES = ("CAPTIONS", "CAPLENS", "REFERENCES")
+
+
+def input_hash(source: Path, image_folder: Path, pictures: Sequence[Path], *settings: int) -> str:
+    """A hash of all that the files are made from: captions, pictures (their folder and sizes) and settings."""
+    sha = hashlib.sha256(source.read_bytes())
+    sizes = [path.stat().st_size for path in pictures]
+    sha.update(repr((str(image_folder.resolve()), sizes, settings)).encode())
+    return sha.hexdigest()
+
+
+def is_done(folder: Path, base: str, made_from: str, overwrite: bool) -> bool:
+    """Whether all files exist and were made from this input; refuses to touch those of another."""
+    texts = [folder / f"{split}_{kind}_{base}.json" for split in ("TRAIN", "VAL", "TEST") for kind in JSON_FILES]
+    archives = [folder / f"{split}_IMAGES_{base}.hdf5" for split in ("TRAIN", "VAL", "TEST")]
+    exist = [path.exists() for path in (folder / f"WORDMAP_{base}.json", *texts, *archives)]
+    if overwrite or not any(exist):
+        return False
+    if all(exist):
+        try:
+            inputs = set()
+            for path in archives:
+                with h5py.File(path, "r") as file:
+                    inputs.add(file.attrs.get("made_from"))
+            if inputs == {made_from}:
+                return True
+        except (OSError, TypeError):
+            pass  # damaged: as good as made from something else
+    raise InputError(f"{folder} holds files named {base} that are not whole or were made from other pictures, captions "
+                     "or settings; replace them with --overwrite, or name another --output_folder")
+
+
+def finish_killed_run(folder: Path, base: str, made_from: str) -> bool:
+    """Removes what killed runs left half-written. True if one had got all files ready: they are in their places now."""
+    remove_stale(folder / base)
+    if not ready_folder(folder, base, made_from).exists():
+        return False
+    publish(folder, base, made_from)
+    return True
+
+
+@contextmanager
+def whole_folder(folder: Path, base: str, made_from: str) -> Iterator[Path]:
+    """A temporary folder to write the files into; afterwards all of them move to their places."""
+    with temporary_folder(folder / base) as partial:
+        yield partial
+        partial.replace(ready_folder(folder, base, made_from))
+    publish(folder, base, made_from)
+
+
+def ready_folder(folder: Path, base: str, made_from: str) -> Path:
+    return folder / f".{base}.{made_from[:16]}.ready"
+
+
+def publish(folder: Path, base: str, made_from: str) -> None:
+    """Moves the files that are ready to their places."""
+    ready = ready_folder(folder, base, made_from)
+    for other in set(folder.glob(f".{glob.escape(base)}.*.ready")) - {ready}:  # of a killed run, and now replaced
+        shutil.rmtree(other, ignore_errors=True)
+    for path in sorted(ready.iterdir(), key=lambda path: path.suffix == ".hdf5"):  # last those that hold the hash
+        path.replace(folder / path.name)
+    ready.rmdir()
+    is_done(folder, base, made_from, overwrite=False)  # raises where a killed run's files were deleted since
+
+
+def check_space(folder: Path, n_pictures: int) -> None:
+    """Makes the folder, and refuses it if the files will not fit."""
+    with naming_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    needed, free = n_pictures * (3 * IMAGE_SIZE ** 2 + 4000), shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free; make space, or "
+                         "name another --output_folder")
+    print(f"{n_pictures} pictures need {needed / 1e9:.2f} GB in {folder}, {free / 1e9:.1f} GB are free")
+
+
+def write_json(path: Path, value: Any) -> None:
+    with naming_write_errors(path):
+        path.write_text(json.dumps(value), encoding="utf-8")  # five times as fast as json.dump

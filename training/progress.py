@@ -1,0 +1,132 @@
+"""Where a run of train.py stands, and the watch over an epoch: its losses, its progress bar, when to save and stop."""
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import Losses
+from safety.errors import InputError
+from safety.signals import SIGNALS, Stopped, handle_signals
+from utils import World, progress_bar, signal_of_any
+
+
+def no_losses() -> list[float]:
+    return [0.0] * len(Losses._fields)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint's `training` holds beside the optimizers and the flags."""
+
+    stage: int
+    best_bleu4: float = -1.0
+    log: list[dict[str, Any]] = field(default_factory=list)     # a row for each epoch of both stages
+    epochs_since_improvement: int = 0
+    epoch: int = 0                                              # epochs of this stage that are done
+    step: int = 0                                               # batches of the next one that are done
+    sums: list[float] = field(default_factory=no_losses)      # of those, as `Losses` orders them
+    seconds: float = 0.0                                        # that they took
+
+    def restart_epoch(self) -> None:
+        self.step, self.sums, self.seconds = 0, no_losses(), 0.0
+
+    def finish_epoch(self, row: dict[str, Any]) -> bool:
+        """Adds an epoch's row to the log; returns whether it is the best so far."""
+        improved = row["bleu4"] > self.best_bleu4
+        self.epochs_since_improvement = 0 if improved else self.epochs_since_improvement + 1
+        self.best_bleu4 = max(row["bleu4"], self.best_bleu4)
+        self.log = [*self.log, row]
+        self.epoch += 1
+        self.restart_epoch()
+        return improved
+
+
+def for_stage(values: list[Any], stage: int) -> Any:
+    """A flag's value for a stage: the stage's own, or the one for both."""
+    return values[min(stage, len(values)) - 1]
+
+
+def mean_loss(sums: list[float], alpha_c: float, where: str = "") -> float:
+    """The loss per word and caption. Raises InputError where it is NaN or infinite."""
+    totals = Losses(*sums)
+    loss = totals.mean(totals, alpha_c)
+    if not math.isfinite(loss):
+        raise InputError(f"{where}the loss is {loss} (of words {totals.cross_entropy / totals.words}, of attention "
+                         f"{alpha_c * totals.doubly_stochastic / totals.captions}): is a learning rate too high? The "
+                         "last checkpoint is good; resume from it with a lower one")
+    return loss
+
+
+class Watch:
+    """Watches over an epoch: `batches` gives what is left of it, and `after_step` takes what a step returned.
+
+    Within it signals wait for the end of a step. A checkpoint is saved every --checkpoint_minutes, after the last step
+    (validation takes a while, too) and before the epoch is stopped.
+    """
+
+    def __init__(self, args: argparse.Namespace, world: World, progress: Progress, steps: int,
+                 save: Callable[[], None]) -> None:
+        self.args, self.world, self.progress, self.steps, self.save = args, world, progress, steps, save
+        self.pending: list[Tensor] = []     # sums of batches that were not looked at yet: a look waits for the GPU
+        self.first_step = progress.step
+        self.waited = 0.0                   # for data
+
+    def __enter__(self) -> Watch:
+        self.stack = ExitStack()
+        self.stack.enter_context(handle_signals(lambda _: None))
+        name = f"stage {self.progress.stage}, epoch {self.progress.epoch + 1}"
+        self.bar = self.stack.enter_context(progress_bar(None, name, "batch", self.world.rank == 0, total=self.steps,
+                                                         initial=self.first_step))
+        self.began = self.saved = self.ready = time.monotonic()
+        self.seconds_before = self.progress.seconds
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        for step, batch in enumerate(loader, self.first_step):
+            self.waited += time.monotonic() - self.ready
+            yield step, batch
+        if SIGNALS:  # one that came after the last step
+            raise Stopped(SIGNALS[0])
+        self.progress.seconds = self.seconds_before + time.monotonic() - self.began
+
+    def after_step(self, sums: Tensor) -> None:
+        """Takes a step's sums over all processes. Raises Stopped where a signal asks for it, once all is saved."""
+        self.pending.append(sums)
+        self.progress.step += 1
+        self.bar.update()
+        self.ready = time.monotonic()
+        stopped = signal_of_any(self.world)
+        due = (stopped or self.progress.step == self.steps
+               or self.ready - self.saved > 60 * self.args.checkpoint_minutes)
+        if due or (self.progress.step - 1) % self.args.print_freq == 0:
+            self.look_at_losses()
+        if due:
+            self.save()
+            self.saved = time.monotonic()
+        if stopped:
+            signal_of_any(self.world)  # waits until rank 0 has saved
+            raise Stopped(stopped)
+
+    def look_at_losses(self) -> None:
+        """Adds up the sums that are pending, and shows what they make."""
+        progress, alpha_c = self.progress, self.args.alpha_c
+        for i, sums in enumerate(torch.stack(self.pending).tolist(), progress.step + 1 - len(self.pending)):
+            mean_loss(sums, alpha_c, f"stage {progress.stage}, epoch {progress.epoch + 1}, batch {i}: ")
+            progress.sums = [total + value for total, value in zip(progress.sums, sums, strict=True)]
+        self.pending = []
+        spent = time.monotonic() - self.began
+        progress.seconds = self.seconds_before + spent
+        self.bar.set_postfix({"loss": f"{mean_loss(progress.sums, alpha_c):.3f}",
+                              "captions/s": f"{Losses(*progress.sums).captions / progress.seconds:.0f}",
+                              "waiting for data": f"{self.waited / spent:.0%}"})
