@@ -42,7 +42,7 @@ from safety.checkpoints import load_checkpoint
 from safety.errors import InputError, UsageError, printable, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
-from safety.pictures import all_unreadable
+from safety.pictures import unreadable_error
 from utils import autocast, progress_bar, setup_world
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -96,13 +96,13 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
         candidates = log_probs[:, :, -1:] + scores.view(n, k, -1)               # (N, K, V), all continuations
         total, best = candidates.flatten(1).topk(k, dim=1)                      # (N, K), best first
         parent, word = best // decoder.vocab_size, best % decoder.vocab_size
-        rows = torch.arange(n, device=device).unsqueeze(1), parent
+        rows = (torch.arange(n, device=device).unsqueeze(1), parent)            # (N, K), whom each continues
         sequences = torch.cat([sequences[rows], word.unsqueeze(2)], dim=2)
         log_probs = torch.cat([log_probs[rows], total.unsqueeze(2)], dim=2)
         state = tuple(each.unflatten(0, (n, k))[rows].flatten(0, 1) for each in state)
         if with_alphas:
             alpha = alpha.float().view(n, k, 1, -1)
-            alphas = torch.cat([torch.ones_like(alpha) if t == 0 else alphas, alpha], dim=2)[rows]  # <start>: all ones
+            alphas = torch.cat([torch.ones_like(alpha) if t == 0 else alphas, alpha], dim=2)[rows]  # of the parents
 
         growing = (torch.arange(k, device=device) < width) & (total > -torch.inf)   # of the best K, the first `width`
         ended = growing & (word == word_map["<end>"])
@@ -119,7 +119,7 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
             annotations, alphas = annotations.rows(alive), alphas[alive] if with_alphas else None
             sequences, log_probs, width, growing = (each[alive] for each in (sequences, log_probs, width, growing))
             state = tuple(each.unflatten(0, (-1, k))[alive].flatten(0, 1) for each in state)
-    for i, *hypothesis in hypotheses_at(growing, sequences, log_probs, alphas):
+    for i, *hypothesis in hypotheses_at(growing, sequences, log_probs, alphas):  # none, if the loop was left early
         found[active[i]].append(to_caption(*hypothesis, words, finished=False))
     start_alphas = alphas[0, 0, :1].cpu().numpy() if with_alphas else None
     fallback = to_caption([word_map["<start>"]], [-math.inf], start_alphas, words, finished=False)  # if all was NaN
@@ -187,7 +187,7 @@ class Captioner(NamedTuple):
 
 def load(model: str | Path, word_map: str | Path | None = None, device: str | None = None,
          precision: str | None = None) -> Captioner:
-    """A checkpoint, ready to caption; arguments as the flags of the same names. In bfloat16 it lets PyTorch use TF32.
+    """A checkpoint, ready to caption; arguments as the flags of the same names. With bfloat16 PyTorch may use TF32 too.
 
     Raises:
         InputError: no such file, no checkpoint that can be read safely, or no such device.
@@ -329,7 +329,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.json and Path(args.json).suffix.lower() in PICTURE_SUFFIXES | PAGES:
         raise UsageError(f"--json {args.json}: the results would overwrite a picture or a page; name another file")
     pictures = find_pictures(args.img)
-    figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}  # a page: one
+    # One path for each picture, or if it is a page one for all.
+    figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}
     page = any(path.suffix.lower() in PAGES for path in figures.values())
     model = load(args.model or find_model(), args.word_map, args.device, args.precision)
     gc.enable()
@@ -353,7 +354,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             elif figures:
                 draw_figure(path, figures[path], captions[0], rev_word_map, args.smooth)
     if not results:
-        raise all_unreadable(unreadable)
+        raise unreadable_error(unreadable)
     if page:
         write_page(args.out, "What the model saw", {"": shown}, args.smooth)
     text = printable(json.dumps(results, indent=2, ensure_ascii=False))  # file names may hold unprintable characters
@@ -363,7 +364,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         with atomic_write(args.json) as file:
             file.write(text + "\n")
     if unreadable:
-        raise all_unreadable(unreadable)
+        raise unreadable_error(unreadable)
     return results
 
 

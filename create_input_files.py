@@ -64,7 +64,7 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
 
     base = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
     made_from = input_hash(source, image_folder, paths, captions_per_image, min_word_freq, max_len)
-    if finish_killed_run(folder, base, made_from):  # one that had written all files, but not moved all
+    if finish_killed_run(folder, base, made_from):  # one that had written all files, and moved some
         print_summary(pictures, word_freq, word_map, folder, base)
         return base
     if is_done(folder, base, made_from, overwrite):

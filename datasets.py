@@ -90,7 +90,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def normalize(images: Tensor, device: torch.device) -> Tensor:
     """Bytes (N, 3, H, W) to the floats that encoders expect, on the device."""
     images = images.to(device, non_blocking=True).float().div_(255)
-    # Made on the device: copying them there would wait for a GPU.
+    # (3, 1, 1), made on the device: copying them there would wait for a GPU.
     mean, std = (torch.stack([images.new_full((1, 1), value) for value in values]) for values in (MEAN, STD))
     return images.sub_(mean).div_(std)
 
@@ -184,8 +184,8 @@ class CaptionDataset(Dataset):
                 self.cpi = int(file.attrs["captions_per_image"])
                 images = own_array(file, "images")  # in the file itself: a stranger's may lead to any other
                 self.n_images = len(images)
-                self.image_ids = own_ids(file, len(images), len(captions) // self.cpi)  # both must be so many
-                pixels = f"{images.dtype} {images.shape[1:]}"  # for a message, if it is not as it should be
+                self.image_ids = own_ids(file, len(images), len(captions) // self.cpi)  # or None, if they do not fit
+                pixels = f"{images.dtype} {images.shape[1:]}"  # checked, and shown if wrong, by `_misfit`
         except BlockingIOError as error:
             raise InputError(f"{self.path}: another program is writing it; try again when it is done") from error
         except (OSError, KeyError, ValueError, TypeError, ArithmeticError) as error:

@@ -136,7 +136,7 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
     sections = {}
     for heading, shown in (("Best by CIDEr", order[:half]), ("Worst by CIDEr", order[half:][::-1][:half])):
         pictures = [Image.fromarray(dataset.images[i].transpose(1, 2, 0)) for i in shown]
-        # Captioned again: where the model looked is kept of these alone.
+        # Captioned again, as the alphas of all pictures were not kept.
         found = caption_images(model, pictures, Search.from_args(args, args.beam_size[-1]), args.batch_size)
         sections[heading] = [
             html_figure(picture, f"picture {dataset.image_ids[i]}", n_best, f"CIDEr {cider[i]:.2f}",
@@ -216,7 +216,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     path = args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar"
     if args.word_map:
         word_map = read_word_map(args.word_map)
-    checkpoint = broadcast(load_checkpoint(path, word_map) if is_main else None, world)  # for one that has no words
+    # The word map is only for a checkpoint that holds none.
+    checkpoint = broadcast(load_checkpoint(path, word_map) if is_main else None, world)
     encoder, decoder = (each.to(world.device) for each in restore(checkpoint, path))
     model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
     if is_main and not shutil.which("java"):

@@ -110,7 +110,7 @@ class Attention(nn.Module):
         self.full_att = nn.Linear(attention_dim, 1)
 
     def annotate(self, features: Tensor, pooling: Tensor | None = None) -> Annotations:
-        """Features (N, S, C) to annotations: pool(W a) instead of W pool(a), which is the same, of fewer regions."""
+        """Features (N, S, C) to annotations. pool(W a) is W pool(a), but multiplies 64 regions by W, and not 196."""
         keys = self.encoder_att(features)                                       # (N, S, A)
         if pooling is not None:  # its rows sum to 1, so that the bias stays as it is
             pooling = pooling.to(keys.dtype)
@@ -189,7 +189,7 @@ class DecoderWithAttention(nn.Module):
 
     def start(self, encoder_out: Tensor) -> tuple[Annotations, tuple[Tensor, ...]]:
         """Before the first word: features (N, h, w, C) or (N, P, C) to annotations and the state h and c (N, D)."""
-        pooling = pooling_matrix(encoder_out, self.map_size) if self.map_size else None  # the mean of which regions
+        pooling = pooling_matrix(encoder_out, self.map_size) if self.map_size else None  # (P, S)
         annotations = self.attention.annotate(encoder_out.flatten(1, -2), pooling)
         return annotations, self.init_hidden_state(annotations.mean().unsqueeze(1))     # the mean as a map of 1 region
 

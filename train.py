@@ -176,7 +176,7 @@ def train_epoch(run: Run, training: Training, loader: DataLoader, progress: Prog
 
 
 def learning_rates(args: dict[str, Any], stage: int) -> dict[str, float]:
-    """By optimizer, as the flags, or those that a checkpoint was made with, want them at a stage's beginning."""
+    """The rates at a stage's beginning, by optimizer; `args` are this run's flags, or those of a checkpoint's run."""
     rates = {"decoder": for_stage(args["decoder_lr"], stage)}
     return rates | {"encoder": args["encoder_lr"]} if stage == 2 else rates
 
@@ -228,6 +228,7 @@ def teacher_forced_bleu(dataset: CaptionDataset, predicted: list[list[list[int]]
     """BLEU-4 as the original tutorial reports it: of predictions that were given the true words before each."""
     special = {word_map["<start>"], word_map["<pad>"]}
     true = [[word for word in caption if word not in special] for caption in dataset.captions.tolist()]
+    # Each of a picture's five predictions is held against its five captions.
     references = [true[i:i + dataset.cpi] for i in range(0, len(true), dataset.cpi) for _ in range(dataset.cpi)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # nltk's, of a model that has no 4-gram right yet
@@ -304,7 +305,8 @@ def save(run: Run, training: Training, progress: Progress, improved: bool = Fals
     checkpoint = {**models, "word_map": run.word_map, "model": training.arguments,
                   "preprocessing": datasets.PREPROCESSING, "scores": scores,
                   "training": {**vars(progress), "optimizers": optimizers, "args": vars(run.args),
-                               "launch": launch_id(), "world_size": run.world.size}}
+                               "world_size": run.world.size,
+                               "launch": launch_id()}}  # by which processes that torchrun restarts know their own run
     if improved:
         save_checkpoint(run.files.best, checkpoint)
     if epoch_ended:
@@ -346,8 +348,8 @@ def build_training(run: Run, stage: int, start: dict[str, Any] | None) -> Traini
 
 
 def load_optimizers(training: Training, before: dict[str, Any], args: argparse.Namespace, stage: int) -> None:
-    """Adam's averages of a checkpoint, that of stage 1 when stage 2 begins with its decoder; its learning rates too,
-    unless the flags ask for others than they did then."""
+    """Adam's averages and learning rates from a checkpoint; the rates only if the flags ask for the same as its did.
+    Stage 2 takes the decoder's from the checkpoint of stage 1, and begins the encoder's anew."""
     for name, rate in learning_rates(vars(args), stage).items():
         if name in before["optimizers"]:
             training.optimizers[name].load_state_dict(before["optimizers"][name])
@@ -423,7 +425,8 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
     it, the checkpoint's own stage is resumed where it stopped; a later stage begins from its weights.
     """
     args = run.args
-    # The defaults tell which flags were given: those must be the checkpoint's own.
+    # The defaults tell which flags were given: one that contradicts the checkpoint's model is refused. Without a
+    # checkpoint start and progress are None.
     start, progress, messages = first_checkpoint(args, run.word_map, run.world, get_parser().get_default)
     for message in messages:
         run.print0(message)
@@ -432,7 +435,7 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
             continue
         if args.stage == "both" and stage == 2 and progress.stage == 1:
             start = read_checkpoint(run.files.best, run.word_map, run.world)
-            progress.best_bleu4 = start["scores"].get("bleu4", -1.0)  # of the file that was read
+            progress.best_bleu4 = start["scores"].get("bleu4", -1.0)  # somebody may have put another file there
         if not progress:
             progress = Progress(stage)
         elif progress.stage < stage:

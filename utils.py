@@ -37,7 +37,7 @@ def setup_world(device: str | None, precision: str | None) -> tuple[World, str]:
     if chosen.type == "cpu":
         keep_freed_memory()
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # gloo: signals, captions
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # gloo: what is on the CPU
                                 timeout=timedelta(minutes=30))  # while rank 0 downloads weights, say
     native = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = precision or ("bfloat16" if native else "float32")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets import IMAGE_SIZE, read_image
 from safety.errors import InputError
 from safety.files import naming_write_errors
-from safety.pictures import all_unreadable, check_pixels
+from safety.pictures import check_pixels, unreadable_error
 from safety.signals import ignore_signals
 from utils import progress_bar
 
@@ -63,6 +63,6 @@ def write_images(archive: Path, split: str, paths: Sequence[Path], image_ids: Se
                     with naming_write_errors(archive):
                         raise error
     if any(errors):
-        raise all_unreadable([(path, error) for path, error in zip(paths, errors, strict=True) if error])
+        raise unreadable_error([(path, error) for path, error in zip(paths, errors, strict=True) if error])
     with h5py.File(archive, "r") as file:
         check_pixels(file["images"], f"{split} ({paths[0]}, ...)")

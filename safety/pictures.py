@@ -9,7 +9,7 @@ import numpy as np
 from safety.errors import InputError
 
 
-def all_unreadable(unreadable: Sequence[tuple[Path, InputError]]) -> InputError:
+def unreadable_error(unreadable: Sequence[tuple[Path, InputError]]) -> InputError:
     """What to say of several pictures that `read_image` refused: all of the first, and the names of a few more."""
     (_, first), *others = unreadable
     names = ", ".join(str(path) for path, _ in others[:5])
