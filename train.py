@@ -274,7 +274,8 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
         began = time.monotonic()
         row |= validate_epoch(run, training, batch_size)
         row["seconds"] += time.monotonic() - began
-        improved = progress.finish_epoch(row)  # the row goes into progress.log, and step and sums back to 0
+        # The row goes into progress.log, and step and sums back to 0.
+        improved = progress.finish_epoch(row)
         if args.schedule == "plateau" and not improved and progress.epochs_since_improvement % DECAY_EVERY == 0:
             for optimizer in training.optimizers.values():
                 adjust_learning_rate(optimizer, DECAY)

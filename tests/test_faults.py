@@ -213,7 +213,7 @@ def test_killed_while_input_files_are_made(server: Any, prepared: Prepared, tmp_
         assert finish(process) == -signal.SIGKILL, (fault, (tmp_path / "output").read_text())
         for path in (tmp_path / "data").glob("[!.]*"):
             assert path.read_bytes() == (prepared.folder / path.name).read_bytes()
-    time.sleep(6)  # workers notice within five seconds that their process was killed, and keep its lock until then
+    time.sleep(10)  # workers notice within five seconds that their process was killed, and keep its lock until then
     assert finish(start(server, "create_input_files", arguments, tmp_path / "output")) == 0
     made = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     assert made == {path.name: path.read_bytes() for path in prepared.folder.iterdir() if "FEATURES" not in path.name}
