@@ -329,7 +329,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.json and Path(args.json).suffix.lower() in PICTURE_SUFFIXES | PAGES:
         raise UsageError(f"--json {args.json}: the results would overwrite a picture or a page; name another file")
     pictures = find_pictures(args.img)
-    # One path for each picture, or if it is a page one for all.
+    # A path for each picture; if --out is a page there is only one path, and so one entry.
     figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}
     page = any(path.suffix.lower() in PAGES for path in figures.values())
     model = load(args.model or find_model(), args.word_map, args.device, args.precision)

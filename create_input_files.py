@@ -97,7 +97,7 @@ def read_captions(data: Any, dataset: str, image_folder: Path, max_len: int) -> 
         references = [checked_tokens(sentence["tokens"]) for sentence in image["sentences"]]
         for words in references:
             word_freq.update(words)
-        captions = [words for words in references if len(words) <= max_len]
+        captions = [words for words in references if len(words) <= max_len]  # one without a word is kept
         if image["split"] not in SPLITS:
             left_out[image["split"]] += 1
         elif captions:

@@ -182,7 +182,7 @@ class CaptionDataset(Dataset):
             self.caplens = np.array(lengths, dtype=np.int32).reshape(len(lengths))    # (captions,)
             with h5py.File(self.path, "r") as file:
                 self.cpi = int(file.attrs["captions_per_image"])
-                images = own_array(file, "images")  # in the file itself: a stranger's may lead to any other
+                images = own_array(file, "images")  # not by a link of HDF5, which may lead to any other file
                 self.n_images = len(images)
                 self.image_ids = own_ids(file, len(images), len(captions) // self.cpi)  # or None, if they do not fit
                 pixels = f"{images.dtype} {images.shape[1:]}"  # checked, and shown if wrong, by `_misfit`

@@ -298,7 +298,8 @@ class Losses(NamedTuple):
     captions: Tensor            # how many
 
     def mean(self, totals: Losses, alpha_c: float) -> Tensor:
-        """The loss (equation 14) of these, as a part of the mean over the totals: those of all processes together."""
+        """This process's part of the loss (equation 14): its sums, divided by the counts of all processes (`totals`),
+        so that the parts of all processes add up to the mean."""
         return self.cross_entropy / totals.words + alpha_c * self.doubly_stochastic / totals.captions
 
 

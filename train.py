@@ -97,6 +97,10 @@ class Training(NamedTuple):
     arguments: dict[str, Any]                     # with which `models.build` builds encoder and decoder again
 
 
+# A Progress says where a stage stands: `epoch` (how many are done), `step`, `sums` and `seconds` of the one under way,
+# `best_bleu4`, `epochs_since_improvement`, and `log`, a row for each epoch of both stages.
+
+
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 class TeacherForcing(nn.Module):
@@ -274,7 +278,7 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
         began = time.monotonic()
         row |= validate_epoch(run, training, batch_size)
         row["seconds"] += time.monotonic() - began
-        # The row goes into progress.log, and step and sums back to 0.
+        # One epoch more is done: the row goes into progress.log, best and patience are brought up to date.
         improved = progress.finish_epoch(row)
         if args.schedule == "plateau" and not improved and progress.epochs_since_improvement % DECAY_EVERY == 0:
             for optimizer in training.optimizers.values():
@@ -434,12 +438,12 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
     for stage in (1, 2) if args.stage == "both" else (int(args.stage),):
         if progress and stage < progress.stage:
             continue
-        if args.stage == "both" and stage == 2 and progress.stage == 1:
+        if args.stage == "both" and stage == 2 and progress.stage == 1:  # from the best checkpoint of stage 1
             start = read_checkpoint(run.files.best, run.word_map, run.world)
             progress.best_bleu4 = start["scores"].get("bleu4", -1.0)  # somebody may have put another file there
-        if not progress:
+        if not progress:  # from nothing, or from weights alone
             progress = Progress(stage)
-        elif progress.stage < stage:
+        elif progress.stage < stage:  # else the checkpoint's own stage is resumed
             progress = Progress(stage, progress.best_bleu4, progress.log)
         run_stage(run, progress, start)
     return progress.log
