@@ -54,7 +54,7 @@ class Search(NamedTuple):
     max_len: int = 51               # words at most, <end> included
     n_best: int = 1                 # captions of each picture, at most
     length_penalty: float = 0.0     # rank by log-probability / words ** length_penalty, <end> counted; 0 favours short
-    consensus: bool = False         # rank by likeness to the others instead, see `by_consensus`
+    consensus: bool = False         # rank by similarity to the others instead, see `by_consensus`
     forbidden: Collection[str] = ("<start>", "<pad>", "<unk>")  # words that are never generated
 
     @staticmethod
@@ -87,8 +87,8 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
     log_probs[:, 1:] = -torch.inf  # all hypotheses begin alike: the first is continued, not K equal ones
     alphas = None                                                               # (N, K, t, P)
     width = torch.full((n, 1), k, device=device)                                # hypotheses that still compete
-    active, words = list(range(n)), reverse(word_map)                           # pictures still in the batch
-    found = [[] for _ in active]
+    active = list(range(n))                                                     # pictures still in the batch
+    found, rev_word_map = [[] for _ in active], reverse(word_map)
 
     for t in range(search.max_len):
         output, alpha, state = decoder.step(sequences[:, :, -1].flatten(), annotations, state)
@@ -107,7 +107,7 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
         growing = (torch.arange(k, device=device) < width) & (total > -torch.inf)   # of the best K, the first `width`
         ended = growing & (word == word_map["<end>"])
         for i, *hypothesis in hypotheses_at(ended, sequences, log_probs, alphas):
-            found[active[i]].append(to_caption(*hypothesis, words, finished=True))
+            found[active[i]].append(to_caption(*hypothesis, rev_word_map, finished=True))
         width = width - ended.sum(dim=1, keepdim=True)
         growing &= ~ended
         log_probs[:, :, -1].masked_fill_(~growing, -torch.inf)                  # these have left the beam
@@ -120,9 +120,9 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
             sequences, log_probs, width, growing = (each[alive] for each in (sequences, log_probs, width, growing))
             state = tuple(each.unflatten(0, (-1, k))[alive].flatten(0, 1) for each in state)
     for i, *hypothesis in hypotheses_at(growing, sequences, log_probs, alphas):  # none, if the loop was left early
-        found[active[i]].append(to_caption(*hypothesis, words, finished=False))
+        found[active[i]].append(to_caption(*hypothesis, rev_word_map, finished=False))
     start_alphas = alphas[0, 0, :1].cpu().numpy() if with_alphas else None
-    fallback = to_caption([word_map["<start>"]], [-math.inf], start_alphas, words, finished=False)  # if all was NaN
+    fallback = to_caption([word_map["<start>"]], [-math.inf], start_alphas, rev_word_map, finished=False)  # all was NaN
     return [ranked(captions or [fallback], search)[:search.n_best] for captions in found]
 
 

@@ -119,7 +119,7 @@ def sum_over(tensor: Tensor, world: World) -> Tensor:
     return tensor
 
 
-def signal_of_any(world: World) -> int:
+def any_signal(world: World) -> int:
     """The number of a signal that some process was sent, or 0; the same on every rank, so that all stop together."""
     number = torch.tensor(max(SIGNALS, default=0))
     if world.size > 1:

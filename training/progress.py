@@ -15,7 +15,7 @@ from torch import Tensor
 from models import Losses
 from safety.errors import InputError
 from safety.signals import SIGNALS, Stopped, handle_signals
-from utils import World, progress_bar, signal_of_any
+from utils import World, any_signal, progress_bar
 
 
 def no_losses() -> list[float]:
@@ -32,7 +32,7 @@ class Progress:
     epochs_since_improvement: int = 0
     epoch: int = 0                                              # epochs of this stage that are done
     step: int = 0                                               # batches of the next one that are done
-    sums: list[float] = field(default_factory=no_losses)      # of those, as `Losses` orders them
+    sums: list[float] = field(default_factory=no_losses)        # of those, as `Losses` orders them
     seconds: float = 0.0                                        # that they took
 
     def restart_epoch(self) -> None:
@@ -106,7 +106,7 @@ class Watch:
         self.progress.step += 1
         self.bar.update()
         self.ready = time.monotonic()
-        stopped = signal_of_any(self.world)
+        stopped = any_signal(self.world)
         due = (stopped or self.progress.step == self.steps
                or self.ready - self.saved > 60 * self.args.checkpoint_minutes)
         if due or (self.progress.step - 1) % self.args.print_freq == 0:
@@ -115,7 +115,7 @@ class Watch:
             self.save()
             self.saved = time.monotonic()
         if stopped:
-            signal_of_any(self.world)  # waits until rank 0 has saved
+            any_signal(self.world)  # waits until rank 0 has saved
             raise Stopped(stopped)
 
     def look_at_losses(self) -> None:
