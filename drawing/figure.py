@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets import PICTURE_SUFFIXES, AnyPicture
+from drawing.fonts import font_file
 from drawing.page import PAGES
 from drawing.panels import enlarge, fit, write_gif
 from models import Caption
@@ -33,9 +35,10 @@ def visualize_att(image_path: AnyPicture, seq: Sequence[int], alphas: Any, rev_w
         A matplotlib figure, to be saved with `savefig`; no window is opened.
     """
     from matplotlib.figure import Figure  # these imports are not at the top: a caption alone need not wait for them
+    from matplotlib.font_manager import FontProperties
     size = 14 * 24
     picture = fit(image_path, size)
-    words = [rev_word_map[index] for index in seq]
+    words = [printable(rev_word_map[index]) for index in seq]
     rows = math.ceil(len(words) / 5)
     height = 3 * min(picture.height / picture.width, 1.5) + 0.4  # of a row, in inches; a panel is 3 wide
     figure = Figure(figsize=(15, height * rows), layout="constrained")
@@ -43,7 +46,8 @@ def visualize_att(image_path: AnyPicture, seq: Sequence[int], alphas: Any, rev_w
     for i, (word, alpha) in enumerate(zip(words, np.asarray(alphas), strict=True), 1):
         axes = figure.add_subplot(rows, 5, i)
         axes.imshow(picture, extent=whole)
-        axes.set_title(printable(word), fontsize=14, parse_math=False)  # a word may hold a $
+        font = FontProperties(fname=font_file(word), size=14)
+        axes.set_title(word, font=font, parse_math=False)  # a word may hold a $
         if word != "<start>":
             axes.imshow(enlarge(alpha, size, smooth), alpha=0.8, cmap="Greys_r", extent=whole)
         axes.axis("off")
@@ -72,4 +76,6 @@ def draw_figure(path: Path, figure_path: Path, caption: Caption, rev_word_map: d
             write_gif(file, path, caption, smooth)
         else:
             figure = visualize_att(path, caption.sequence, caption.sequence_alphas, rev_word_map, smooth)
-            figure.savefig(file, format="png", dpi=80)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing from font")  # `font_file` has said so
+                figure.savefig(file, format="png", dpi=80)

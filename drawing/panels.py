@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from datasets import AnyPicture, open_image, to_rgb
+from drawing.fonts import font_file
 from models import Caption
 
 DARK = 0.2  # of a pixel's brightness, where the model does not look at all
@@ -40,16 +40,15 @@ def panel(picture: Image.Image, words: Sequence[str], now: int | None = None, al
           smooth: bool = True) -> Image.Image:
     """A picture, lit where the model looks, over its caption: the word of now on a block of colour (large enough to
     be among a GIF's 256 colours), those to come pale."""
-    from matplotlib import get_data_path
     if alpha is not None:
         lights = light(alpha).resize(picture.size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
         picture = ImageChops.multiply(picture, lights.convert("RGB"))
     size = max(14, max(picture.size) // 20)
-    font = ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)  # has most letters
     width, margin, line = max(picture.width, 8 * size), size // 2, 3 * size // 2
     words = ["".join(each if each.isprintable() else "?" for each in word) for word in words]
+    fonts = [ImageFont.truetype(font_file(word), size) for word in words]
     places, x, y = [], margin, picture.height + margin
-    for word in words:
+    for word, font in zip(words, fonts, strict=True):
         if x > margin and x + font.getlength(word) > width - margin:
             x, y = margin, y + line
         places.append((x, y))
@@ -57,7 +56,7 @@ def panel(picture: Image.Image, words: Sequence[str], now: int | None = None, al
     canvas = Image.new("RGB", (width, y + line), "white")
     canvas.paste(picture, ((width - picture.width) // 2, 0))
     pen = ImageDraw.Draw(canvas)
-    for i, (word, place) in enumerate(zip(words, places, strict=True)):
+    for i, (word, font, place) in enumerate(zip(words, fonts, places, strict=True)):
         if i == now:
             x, y = place
             pen.rectangle((x - 3, y - 1, x + font.getlength(word) + 2, y + 5 * size // 4), "#b4441c")
