@@ -24,11 +24,14 @@ import numpy as np
 
 from datasets import read_json
 from preparing.folder import check_space, finish_killed_run, input_hash, is_done, whole_folder, write_json
+from preparing.notes import about_empty_splits, about_left_out, about_samples, about_words
+from preparing.paths import check_paths
 from preparing.pixels import write_images
 from preparing.tables import SPLITS, checked_tokens, from_csv, naming_layout_errors
 from safety.checkpoints import SPECIAL_WORDS
 from safety.errors import InputError, UsageError, run_script
 from safety.flags import integer
+from safety.words import RULE, is_caption
 
 KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")
 
@@ -56,16 +59,19 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
     source, image_folder, folder = Path(captions_csv or karpathy_json_path), Path(image_folder), Path(output_folder)
     data = from_csv(source) if captions_csv else read_json(source)  # both in Karpathy's layout
     with naming_layout_errors(source):  # a key that is not there becomes one line that names the file
-        pictures, word_freq = read_captions(data, dataset, image_folder, max_len)
-    check_captions(pictures, word_freq, source, max_len)
+        pictures, word_freq, notes = read_captions(data, dataset, image_folder, max_len, source)
+    check_captions(pictures, word_freq, notes, source, max_len)
     paths = [picture.path for picture in pictures]
-    check_paths(paths, image_folder)
+    check_paths(paths, image_folder, source)
     word_map = make_word_map(word_freq, min_word_freq)
+    counts = {split: sum(picture.split == split for picture in pictures) for split in ("VAL", "TEST")}
+    notes += [*about_samples([len(picture.captions) for picture in pictures], captions_per_image),
+              *about_empty_splits(counts, source), *about_words(word_freq, word_map, min_word_freq)]
 
     base = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
     made_from = input_hash(source, image_folder, paths, captions_per_image, min_word_freq, max_len)
     if finish_killed_run(folder, base, made_from):  # one that had written all files, and moved some
-        print_summary(pictures, word_freq, word_map, folder, base)
+        print_summary(pictures, notes, folder, base)
         return base
     if is_done(folder, base, made_from, overwrite):
         print(f"{folder} holds these files already, made from the same pictures, captions and settings: nothing to do")
@@ -86,27 +92,35 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
             write_images(place / f"{split}_IMAGES_{base}.hdf5", split, [picture.path for picture in chosen],
                          [picture.image_id for picture in chosen],
                          {"captions_per_image": captions_per_image, "made_from": made_from}, workers)
-    print_summary(pictures, word_freq, word_map, folder, base)
+    print_summary(pictures, notes, folder, base)
     return base
 
 
-def read_captions(data: Any, dataset: str, image_folder: Path, max_len: int) -> tuple[list[Picture], Counter[str]]:
-    """The pictures that have captions, in the file's order, and how often each word occurs in all captions."""
-    pictures, word_freq, left_out = [], Counter(), Counter()
+def read_captions(data: Any, dataset: str, image_folder: Path, max_len: int,
+                  source: Path) -> tuple[list[Picture], Counter[str], list[str]]:
+    """The pictures that have captions, in the file's order; how often each word occurs in all captions; and what to
+    say of those that are left out."""
+    pictures, word_freq, other_splits, without, lengths, wrong = [], Counter(), Counter(), [], [], []
     for index, image in enumerate(data["images"]):
+        name = Path(image["filepath"], image["filename"]) if dataset == "coco" else Path(image["filename"])
         references = [checked_tokens(sentence["tokens"]) for sentence in image["sentences"]]
+        wrong += [f"{name} {words!r:.60}" for words in references if not is_caption(words)]
         for words in references:
             word_freq.update(words)
-        captions = [words for words in references if len(words) <= max_len]  # one without a word is kept
+        captions = [words for words in references if len(words) <= max_len]
         if image["split"] not in SPLITS:
-            left_out[image["split"]] += 1
-        elif captions:
-            name = Path(image["filepath"], image["filename"]) if dataset == "coco" else Path(image["filename"])
-            image_id = int(np.int64(image.get("cocoid", image.get("imgid", index))))  # it must fit into HDF5's int64
-            pictures.append(Picture(image_folder / name, image_id, SPLITS[image["split"]], captions, references))
-    if left_out:
-        print(f"left out, of splits other than {', '.join(SPLITS)}: {dict(left_out)} pictures")
-    return pictures, word_freq
+            other_splits[image["split"]] += 1
+        elif not references:
+            without.append(name)
+        else:
+            lengths.append([len(words) for words in references])
+            if captions:
+                image_id = int(np.int64(image.get("cocoid", image.get("imgid", index))))  # it must fit HDF5's int64
+                pictures.append(Picture(image_folder / name, image_id, SPLITS[image["split"]], captions, references))
+    if wrong:
+        raise InputError(f"{source}: {len(wrong)} captions have no word, or hold something else: {', '.join(wrong[:5])}"
+                         f"{', ...' if len(wrong) > 5 else ''}; {RULE}: mend these captions, or delete them")
+    return pictures, word_freq, about_left_out(other_splits, without, lengths, max_len)
 
 
 def make_word_map(word_freq: Counter[str], min_word_freq: int) -> dict[str, int]:
@@ -129,41 +143,28 @@ def encode_caption(words: list[str], word_map: dict[str, int], max_len: int) -> 
     return [word_map["<start>"], *ids, word_map["<end>"], *padding]
 
 
-def print_summary(pictures: Sequence[Picture], word_freq: Counter[str], word_map: dict[str, int], folder: Path,
-                  base: str) -> None:
+def print_summary(pictures: Sequence[Picture], notes: Sequence[str], folder: Path, base: str) -> None:
     for split in ("TRAIN", "VAL", "TEST"):
         chosen = [picture for picture in pictures if picture.split == split]
         print(f"{split}: {len(chosen)} pictures, {sum(len(picture.references) for picture in chosen)} captions")
-    unknown = sum(count for word, count in word_freq.items() if word not in word_map)
-    print(f"vocabulary: {len(word_map)} words with the 4 special ones; {100 * unknown / word_freq.total():.2f} % of "
-          f"all words are <unk>\nnext: python train.py --data_folder {folder} --data_name {base}")
+    for note in notes:
+        print(note)
+    print(f"next: python train.py --data_folder {folder} --data_name {base}")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
-def check_captions(pictures: Sequence[Picture], word_freq: Counter[str], source: Path, max_len: int) -> None:
+def check_captions(pictures: Sequence[Picture], word_freq: Counter[str], notes: Sequence[str], source: Path,
+                   max_len: int) -> None:
     for (split, image_id), count in Counter((picture.split, picture.image_id) for picture in pictures).items():
         if count > 1:
             raise InputError(f"{source}: {count} pictures of {split} have the id {image_id}; number them (cocoid, or "
                              "imgid) each once")
-    if not word_freq or not any(picture.split == "TRAIN" for picture in pictures):
-        raise InputError(f"{source}: no picture of the split train has a caption of 1 to {max_len} words")
+    if not any(picture.split == "TRAIN" for picture in pictures):
+        raise InputError("; ".join([f"{source}: no picture of the split train has a caption of 1 to {max_len} words",
+                                    *notes]))
     if word_freq.keys() & set(SPECIAL_WORDS):
         raise InputError(f"{source}: {', '.join(SPECIAL_WORDS)} cannot be words of captions; rename or remove them")
-
-
-def check_paths(paths: Sequence[Path], image_folder: Path) -> None:
-    """All pictures must exist, and in the folder: a stranger's file may name any other that the user may read."""
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise InputError(f"{len(missing)} of {len(paths)} pictures are missing: {', '.join(missing[:5])}"
-                         f"{', ...' if len(missing) > 5 else ''}. Looked under {image_folder}; say where they are with "
-                         "--image_folder")
-    folder = image_folder.resolve()
-    for path in paths:
-        if not path.resolve().is_relative_to(folder):
-            raise InputError(f"{path} leads to {path.resolve()}, outside {image_folder}; if that is meant, name a "
-                             "folder that holds all pictures with --image_folder")
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

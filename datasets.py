@@ -25,6 +25,7 @@ from safety.checkpoints import check_word_map
 from safety.errors import InputError, UsageError, reason
 from safety.hdf5 import open_array, own_array, own_ids
 from safety.signals import ignore_signals
+from safety.words import RULE, check_vocabulary, is_caption
 from utils import World  # rank, size (how many processes) and device
 
 IMAGE_SIZE = 256
@@ -127,6 +128,7 @@ def read_word_map(path: str | Path) -> dict[str, int]:
     """A word map from its file."""
     word_map = read_json(path)
     check_word_map(word_map, path)
+    check_vocabulary(word_map, path)  # not of a checkpoint, which may be older than this rule
     return word_map
 
 
@@ -251,23 +253,23 @@ class CaptionDataset(Dataset):
         """For each picture all that people wrote of it, as words.
 
         Folders made by the original tutorial hold only encoded captions; the words that are <unk> there become one
-        that no caption can match.
+        that no caption can match, and captions without a word are left out.
         """
         if self.references_path is None:
             words = reverse(word_map) | {word_map["<unk>"]: "<unknown>"}
             sentences = [words_of(caption, words) for caption in self.captions.tolist()]
-            return [sentences[i:i + self.cpi] for i in range(0, len(sentences), self.cpi)]
-        references = read_json(self.references_path)
-        try:
-            words = {type(word) for picture in references for caption in picture for word in caption}
-            fitting = words <= {str} and len(references) == self.n_images and all(references)
-        except TypeError:
-            fitting = False
-        if not fitting:
+            references = [list(filter(None, sentences[i:i + self.cpi])) for i in range(0, len(sentences), self.cpi)]
+        else:
+            references = read_json(self.references_path)
+        if not isinstance(references, list) or len(references) != self.n_images:
             count = len(references) if isinstance(references, list) else "no"
-            raise InputError(f"{self.references_path} holds captions of {count} pictures, or something other than "
-                             f"words; {self.path} holds {self.n_images}; make them again with create_input_files.py "
-                             "--overwrite")
+            raise InputError(f"{self.references_path} holds captions of {count} pictures; {self.path} holds "
+                             f"{self.n_images}; make them again with create_input_files.py --overwrite")
+        for image_id, captions in zip(self.image_ids, references, strict=True):
+            if not isinstance(captions, list) or not captions or not all(map(is_caption, captions)):
+                raise InputError(f"{self.references_path or self.path}: picture {image_id} has no captions, or "
+                                 f"something other than words in them, {captions!r:.200} ({RULE}); make the files "
+                                 "again with create_input_files.py --overwrite")
         return references
 
 

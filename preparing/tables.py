@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import csv
-import string
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from random import Random
 from typing import Any
 
 from safety.errors import InputError, reason
+from safety.words import normal, words_in
 
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
 
@@ -17,13 +17,12 @@ SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
 def from_csv(path: Path) -> dict[str, Any]:
     """A table of captions in Karpathy's layout; without a column `split`, 80/10/10 by a fixed seed."""
     columns, rows = read_rows(path)
-    without_punctuation = str.maketrans("", "", string.punctuation)
     images: dict[str, dict[str, Any]] = {}
     for where, row in rows:
         if None in row or None in row.values():
             raise InputError(f"{where}: not {len(columns)} values; a caption with commas needs quotes around it")
         name, split = row["image"].strip(), row.get("split", "train").strip().lower()
-        tokens = row["caption"].lower().translate(without_punctuation).split()  # as in Karpathy's files
+        tokens = words_in(row["caption"])
         if not name or not tokens:
             raise InputError(f"{where}: no picture, or no word of caption; fill it in, or delete the line")
         if split not in SPLITS:
@@ -74,7 +73,7 @@ def naming_layout_errors(source: Path) -> Iterator[None]:
 
 
 def checked_tokens(tokens: Any) -> list[str]:
-    """A sentence's tokens, if they are words."""
+    """A sentence's tokens, if they are strings, each in its one spelling."""
     if not isinstance(tokens, list) or not all(isinstance(word, str) for word in tokens):
         raise TypeError(f"tokens {tokens!r} is no list of words")
-    return tokens
+    return [normal(word) for word in tokens]

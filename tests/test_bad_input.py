@@ -369,17 +369,17 @@ def linked(folder: Path) -> None:
 
 
 def linked_folder(folder: Path) -> None:
-    data(image("link/passwd", "train", "a"))(folder)
+    data(image("link/../etc/passwd", "train", "a"))(folder)
     (folder / "link").symlink_to("/etc")
 
 
 TABLE = ["--captions_csv", "mine.csv"]
 CREATE: dict[str, Case] = {
     "a path upwards": (data(image("../../../../../../../../etc/passwd", "train", "a")), [], 1,
-                       ["leads to /etc/passwd, outside .", "--image_folder"]),
+                       ["leads to /etc/passwd by way of '..'", "--image_folder"]),
     "a path from the root": (data(image("/etc/passwd", "train", "a")), [], 1, ["leads to /etc/passwd, outside ."]),
-    "a link": (linked, [], 1, ["link.png leads to /etc/passwd, outside ."]),
-    "a link to a folder": (linked_folder, [], 1, ["link/passwd leads to /etc/passwd, outside ."]),
+    "one's own link to no picture": (linked, [], 1, ["link.png: this picture cannot be read", "replace it"]),
+    "a path upwards from a link": (linked_folder, [], 1, ["link/../etc/passwd leads to /etc/passwd by way of '..'"]),
     "a table's path upwards": (text("mine.csv", "image,caption\n/etc/passwd,a\n"), TABLE, 1, ["/etc/passwd, outside"]),
     "a folder for a picture": (data(image(".", "train", "a")), [], 1, ["1 of 1 pictures are missing"]),
     "a name with a zero": (data(image("0\0.png", "train", "a")), [], 1, ["0\\u0000.png", "missing"]),

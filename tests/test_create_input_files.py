@@ -116,7 +116,7 @@ def assert_equal_to_tutorial(data: dict, written: tuple[Path, str], cpi: int, mi
         assert list(found) == list(expected)  # a word map's order too
 
 
-any_caption = st.lists(st.sampled_from(["a", "dog", "dög", "runs", "2", "b"]), max_size=7)
+any_caption = st.lists(st.sampled_from(["a", "dog", "dög", "runs", "2", "b"]), min_size=1, max_size=7)
 any_split = st.sampled_from(["train", "restval", "val", "test", "other"])
 any_images = st.lists(st.tuples(any_split, st.lists(any_caption, max_size=6)), max_size=6)
 
@@ -492,13 +492,17 @@ def test_main_prints_counts_vocabulary_and_unknown_words(tmp_path, capsys):
                                          "--output_folder", str(tmp_path / "out"), "--workers", "1"]))
     assert base == "mine_3_cap_per_img_1_min_word_freq"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("{'extra': 1} pictures")
-    assert lines[1].startswith("3 pictures need 0.00 GB in")
-    assert lines[2:5] == ["TRAIN: 1 pictures, 2 captions", "VAL: 1 pictures, 1 captions",
+    assert lines[0].startswith("3 pictures need 0.00 GB in")
+    assert lines[1:4] == ["TRAIN: 1 pictures, 2 captions", "VAL: 1 pictures, 1 captions",
                           "TEST: 1 pictures, 1 captions"]
+    assert lines[4].startswith("1 pictures left out: of the splits extra (1)")
+    assert lines[5].startswith("1 pictures, 1 of 5 captions left out: longer than 4 words")
+    assert lines[6].startswith("3 pictures have fewer than 3 captions")
     # a 6 times, dog 3; runs, b to f and cat once: 7 of 16 words
-    assert lines[5] == "vocabulary: 6 words with the 4 special ones; 43.75 % of all words are <unk>"
-    assert lines[6] == f"next: python train.py --data_folder {tmp_path / 'out'} --data_name {base}"
+    assert lines[7] == ("vocabulary: 6 words with the 4 special ones; 43.75 % of all words are <unk>, as they occur 1 "
+                        "times or less; --min_word_freq 0 keeps all")
+    assert lines[8].startswith("warning: 44 % of all words are <unk> or occur only once")
+    assert lines[9:] == [f"next: python train.py --data_folder {tmp_path / 'out'} --data_name {base}"]
     assert len(load((tmp_path / "out", base), "TRAIN_CAPLENS")) == 3
 
 
