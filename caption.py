@@ -20,6 +20,7 @@ import glob
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datasets import PICTURE_SUFFIXES, AnyPicture, encode, read_image, read_word_map, reverse
+from datasets import AnyPicture, encode, picture_suffixes, read_image, read_word_map, reverse
 from drawing.figure import draw_figure, figure_paths, visualize_att  # noqa: F401 (here in the original tutorial)
 from drawing.page import PAGES, html_figure, write_page
 from models import Caption, restore
@@ -278,18 +279,36 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
     """Files as they are named, pictures of folders, and what patterns match."""
     found: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern)
+        path, rest = Path(pattern), ""
         if path.is_file():
             paths = [path]
         elif path.is_dir():
-            paths = sorted(each for each in path.iterdir()
-                           if each.suffix.lower() in PICTURE_SUFFIXES and each.is_file())
+            paths, rest = pictures_of(path)
         else:
             paths = [Path(each) for each in sorted(glob.glob(pattern, recursive=True)) if Path(each).is_file()]
         if not paths:
-            raise InputError(f"--img {pattern}: no picture there")
+            raise InputError(f"--img {pattern}: no picture there{rest}")
+        if rest:
+            print(printable(f"--img {pattern}: {len(paths)} pictures{rest}"), file=sys.stderr)
         found += paths
     return list(dict.fromkeys(found))
+
+
+def pictures_of(folder: Path) -> tuple[list[Path], str]:
+    """A folder's pictures, known by their endings, and what to say of the rest."""
+    paths, rest = [], Counter()
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):  # "._photo.jpg" too, in which macOS keeps what it knows of photo.jpg
+            rest["hidden"] += 1
+        elif not path.is_file():
+            rest["folders" if path.is_dir() else "dead links"] += 1
+        elif suffix not in picture_suffixes():
+            rest[suffix or "without an ending"] += 1
+        else:
+            paths.append(path)
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(rest.items()))
+    return paths, f"; passed over: {counts}; name files to have them read all the same" if rest else ""
 
 
 def find_model() -> Path:
@@ -326,7 +345,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UsageError(f"--n_best {args.n_best}: a beam of {args.beam_size} finds no more than that; widen it with "
                          "--beam_size")
     search = Search.from_args(args, args.beam_size, args.n_best)
-    if args.json and Path(args.json).suffix.lower() in PICTURE_SUFFIXES | PAGES:
+    if args.json and Path(args.json).suffix.lower() in picture_suffixes() | PAGES:
         raise UsageError(f"--json {args.json}: the results would overwrite a picture or a page; name another file")
     pictures = find_pictures(args.img)
     # A path for each picture; if --out is a page there is only one path, and so one entry.

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,20 @@ from utils import World  # rank, size (how many processes) and device
 IMAGE_SIZE = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
 PREPROCESSING = {"image_size": IMAGE_SIZE, "mean": list(MEAN), "std": list(STD)}  # what a checkpoint records
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # taken from a folder
+NO_PICTURES = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # a program, and what Pillow only recognises
 DATA_HINT = """Two commands make and use a data set, once its pictures and Karpathy's dataset_coco.json are here:
   python create_input_files.py --dataset coco --karpathy_json_path dataset_coco.json --image_folder .
   python train.py"""
 
 
 AnyPicture = str | Path | Image.Image | np.ndarray | Tensor  # a file; Pillow's; (H, W, 3) uint8; (3, H, W) uint8
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """The endings of file names, as ".jpg", by which a folder's pictures are known: those that Pillow reads here."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items()
+                     if kind in Image.OPEN and kind not in NO_PICTURES)
 
 
 def open_image(image: AnyPicture) -> AbstractContextManager[Image.Image]:

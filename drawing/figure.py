@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasets import PICTURE_SUFFIXES, AnyPicture
+from datasets import AnyPicture, picture_suffixes
 from drawing.fonts import font_file
 from drawing.page import PAGES
 from drawing.panels import enlarge, fit, write_gif
@@ -57,7 +57,7 @@ def visualize_att(image_path: AnyPicture, seq: Sequence[int], alphas: Any, rev_w
 def figure_paths(out: str, pictures: Sequence[Path]) -> list[Path]:
     """Where each picture's figure goes: one file, a page for all, or a folder of files."""
     suffix = Path(out).suffix.lower()
-    if Path(out).is_dir() or suffix not in PICTURE_SUFFIXES | PAGES | {".pdf", ".svg", ".eps", ".mp4"}:
+    if Path(out).is_dir() or suffix not in picture_suffixes() | PAGES | {".pdf", ".svg", ".eps", ".mp4"}:
         paths = [Path(out) / f"{picture.stem}_attention.png" for picture in pictures]
     elif suffix in PAGES or (len(pictures) == 1 and suffix in {".png", ".gif"}):
         paths = [Path(out)]

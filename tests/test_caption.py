@@ -19,7 +19,7 @@ from conftest import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, features
 from skimage.transform import pyramid_expand
 from test_eval import Model
 
@@ -292,6 +292,35 @@ def test_files_folders_and_patterns(tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(InputError, match=r"--img .*: no picture there"):
             found("a.png", nothing)
+
+
+def test_of_a_folder_what_pillow_opens_is_a_picture_and_the_rest_is_counted(run, tmp_path, capsys):
+    """By its endings: JPEG's other ones, formats of later years; no program, nothing that it only recognises."""
+    folder = tmp_path / "holiday"
+    (folder / "more").mkdir(parents=True)
+    taken = ["a.jfif", "b.JPE", "c.jp2", "d.ppm", "e.qoi", "f.tga", *["g.avif"] * features.check("avif")]
+    for name in taken:
+        Image.effect_noise((30, 30), 90).convert("RGB").save(folder / name)
+    for name in ("._a.jfif", ".DS_Store", ".b.jpg", "h.heic", "i.HEIC", "j.txt", "notes", "k.eps", "l.pdf", "m.mpg",
+                 "n.h5", "o.wmf"):
+        (folder / name).write_bytes(b"%!PS")
+    (folder / "p.jpg").symlink_to("nowhere.jpg")
+    assert [Path(each["image"]).name for each in run("--img", folder, "--max_len", 1)] == taken
+    counts = ("1 .eps, 1 .h5, 2 .heic, 1 .mpg, 1 .pdf, 1 .txt, 1 .wmf, 1 dead links, 1 folders, 3 hidden, "
+              "1 without an ending")
+    said = f"--img {folder}: {len(taken)} pictures; passed over: {counts}; name files to have them read all the same\n"
+    assert capsys.readouterr().err.endswith(said)
+    for name in taken:
+        (folder / name).unlink()
+    with refused(f"--img {folder}: no picture there; passed over: {counts}"):
+        run("--img", folder)
+    Image.effect_noise((30, 30), 90).save(folder / ".b.jpg")
+    assert len(run("--img", folder / ".b.jpg", "--max_len", 1)) == 1, "as the message says"
+
+
+def test_a_folder_of_pictures_alone_is_not_spoken_of(run, pictures, capsys):
+    run("--img", pictures[0].parent)
+    assert "passed over" not in capsys.readouterr().err
 
 
 def test_any_kind_of_picture(run, tmp_path):
