@@ -43,7 +43,7 @@ from safety.checkpoints import load_checkpoint
 from safety.errors import InputError, UsageError, printable, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
-from safety.pictures import unreadable_error
+from safety.pictures import there_instead, unreadable_error
 from utils import autocast, progress_bar, setup_world
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -286,6 +286,7 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
             paths, rest = pictures_of(path)
         else:
             paths = [Path(each) for each in sorted(glob.glob(pattern, recursive=True)) if Path(each).is_file()]
+            rest = "" if paths else there_instead(path)
         if not paths:
             raise InputError(f"--img {pattern}: no picture there{rest}")
         if rest:

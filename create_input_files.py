@@ -25,12 +25,12 @@ import numpy as np
 from datasets import read_json
 from preparing.folder import check_space, finish_killed_run, input_hash, is_done, whole_folder, write_json
 from preparing.notes import about_empty_splits, about_left_out, about_samples, about_words
-from preparing.paths import check_paths
 from preparing.pixels import write_images
 from preparing.tables import SPLITS, checked_tokens, from_csv, naming_layout_errors
 from safety.checkpoints import SPECIAL_WORDS
 from safety.errors import InputError, UsageError, run_script
 from safety.flags import integer
+from safety.pictures import check_paths
 from safety.words import RULE, is_caption
 
 KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")

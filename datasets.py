@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from safety.checkpoints import check_word_map
 from safety.errors import InputError, UsageError, reason
 from safety.hdf5 import open_array, own_array, own_ids
+from safety.pictures import there_instead
 from safety.signals import ignore_signals
 from safety.words import RULE, check_vocabulary, is_caption
 from utils import World  # rank, size (how many processes) and device
@@ -76,7 +77,7 @@ def read_image(path: AnyPicture) -> np.ndarray:
             picture = to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
             return np.array(picture).transpose(2, 0, 1)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such picture") from error
+        raise InputError(f"{path}: no such picture{there_instead(Path(path))}") from error
     except Exception as error:  # a damaged picture can fail in any way
         name = path if isinstance(path, (str, Path)) else f"a picture given as {type(path).__name__}"
         raise InputError(f"{name}: this picture cannot be read ({reason(error)}); replace it, or leave it "

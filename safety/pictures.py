@@ -1,12 +1,57 @@
-"""What to say of pictures that cannot be read, or that are no pictures any more."""
+"""What to say of pictures that are not there, that cannot be read, or that are no pictures any more."""
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from safety.errors import InputError
+
+
+def check_paths(paths: Sequence[Path], image_folder: Path, source: Path) -> None:
+    """All pictures must exist, and their names must stay in the folder, as a stranger's file may name any other that
+    the user may read. Links are followed: what is in the folder its owner has put there."""
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        names = ", ".join(f"{path}{there_instead(path)}" for path in missing[:5])
+        raise InputError(f"{len(missing)} of {len(paths)} pictures are missing: {names}"
+                         f"{', ...' if len(missing) > 5 else ''}. Looked under {image_folder}; say where they are with "
+                         "--image_folder")
+    for path in paths:
+        folder = image_folder.absolute() if path.is_absolute() else image_folder
+        inside = path.is_relative_to(folder)
+        if ".." in (path.relative_to(folder) if inside else path).parts:
+            raise InputError(f"{path} leads to {path.resolve()} by way of '..'; names in {source} begin in "
+                             f"--image_folder {image_folder} and stay there: write them without")
+        if not inside and not path.resolve().is_relative_to(image_folder.resolve()):
+            raise InputError(f"{path} leads to {path.resolve()}, outside {image_folder}; if that is meant, name a "
+                             "folder that holds all pictures with --image_folder")
+
+
+def there_instead(path: Path) -> str:
+    """What to say after the name of a missing picture: a link to nothing, or the same spelled otherwise."""
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            return f" ({link} is a link to {link.readlink()}, which is not there)"
+    found = Path(path.anchor)
+    for part in str(path.relative_to(path.anchor)).replace("\\", "/").split("/"):
+        if not (found / part).exists():
+            try:
+                part = next(each.name for each in found.iterdir() if spelling(each.name) == spelling(part))
+            except (OSError, StopIteration):  # it cannot be looked into, or has nothing of the kind
+                return ""
+        found /= part
+    if found == path:  # a folder
+        return ""
+    same = unicodedata.normalize("NFC", str(path)) == unicodedata.normalize("NFC", str(found))
+    return f" (there is {found}{', its accents in another form of Unicode' if same else ''}: name both alike)"
+
+
+def spelling(name: str) -> str:
+    """What is equal of names that differ only in upper and lower case and in the form of their accents."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def unreadable_error(unreadable: Sequence[tuple[Path, InputError]]) -> InputError:

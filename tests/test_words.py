@@ -10,7 +10,8 @@ from PIL import Image
 from test_create_input_files import image, load, prepare, table, write_set
 from test_datasets import BASE, WORDS, old, put  # noqa: F401 (a fixture)
 
-from datasets import CaptionDataset, load_word_map
+from caption import find_pictures
+from datasets import CaptionDataset, load_word_map, read_image
 from preparing.tables import from_csv
 from safety.errors import InputError
 from safety.words import is_caption, is_word, normal, words_in
@@ -269,25 +270,32 @@ def test_a_name_from_the_root_is_refused_unless_the_folder_is_named(tmp_path: Pa
     ("caf\u00e9.png", "cafe\u0301.png", ", its accents in another form of Unicode"),
     ("IMG.PNG", "img.png", ""), ("Sub/a.png", "sub/a.png", ""), ("sub/a.png", "sub\\a.png", ""),
     ("Sub/Cafe\u0301.PNG", "sub\\caf\u00e9.png", "")])
-def test_a_missing_picture_is_looked_for_under_other_spellings(there, named, told, tmp_path: Path) -> None:
+def test_a_missing_picture_is_looked_for_under_other_spellings(there, named, told, tmp_path: Path, monkeypatch) -> None:
     """And once both are named alike, as the message says, it is found."""
     source = write_set(tmp_path, [image(there, "train", "a")])
     source.write_text(json.dumps({"images": [image(named, "train", "a")]}))
-    with refused("1 of 1 pictures are missing", f"(there is {tmp_path / there}{told}: name both alike)"):
-        prepare(source)
+    for ask, begin in ((lambda: prepare(source), "1 of 1 pictures are missing: "), (lambda: read_image(
+            tmp_path / named), ""), (lambda: find_pictures([str(tmp_path / named)]), "--img ")):
+        with refused(begin, f"{named}", f"(there is {tmp_path / there}{told}: name both alike)"):
+            ask()
+    monkeypatch.chdir(tmp_path)
+    with refused(f"--img {named}: ", f"(there is {there}"):
+        find_pictures([named])
     (tmp_path / named).parent.mkdir(exist_ok=True)
     (tmp_path / there).rename(tmp_path / named)
-    assert prepare(source)
+    assert prepare(source) and find_pictures([str(tmp_path / named)])
 
 
 def test_a_picture_that_is_nowhere_is_only_missing(tmp_path: Path) -> None:
     source = write_set(tmp_path, [image("sub/0.png", "train", "a")])
     (tmp_path / "sub" / "0.png").unlink()
     (tmp_path / "1.png").symlink_to("annex/1.png")
-    for name in ("sub/0.png", "sub/0.png/1.png", "/nowhere/0.png"):
+    for name in ("sub/0.png", "sub/0.png/1.png", "/nowhere/0.png", "sub"):
         source.write_text(json.dumps({"images": [image(name, "train", "a")]}))
-        with pytest.raises(InputError, match=r"0\.png(/1\.png)?\. Looked under"):
+        with pytest.raises(InputError, match=r"/(0\.png|1\.png|sub)\. Looked under"):
             prepare(source)
-    source.write_text(json.dumps({"images": [image("1.png", "train", "a")]}))
-    with refused("1.png (a link to annex/1.png, which is not there)"):
-        prepare(source)
+    (tmp_path / "disk").symlink_to("/mnt/gone")
+    for name, link, to in (("1.png", "1.png", "annex/1.png"), ("disk/1.png", "disk", "/mnt/gone")):
+        source.write_text(json.dumps({"images": [image(name, "train", "a")]}))
+        with refused(f"{name} ({tmp_path / link} is a link to {to}, which is not there)"):
+            prepare(source)
