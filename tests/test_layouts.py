@@ -243,6 +243,15 @@ def test_karpathys_json_finds_the_pictures_of_2017(tmp_path):
     prepare(source, dataset="coco")
 
 
+def test_each_file_in_cocos_layout_may_have_a_folder_of_its_own_name(tmp_path):
+    """As VizWiz has: train.json and train/, val.json and val/, and pictures with names of their own."""
+    sources = [write(tmp_path / f"{split}.json", json.dumps(coco_data(split))) for split in ("train", "val")]
+    for each in KARPATHY:
+        draw(tmp_path / each["split"] / each["filename"])
+    assert splits_of(sources, tmp_path)[0] == [(f"{each['split']}/{each['filename']}", each["split"])
+                                               for each in KARPATHY if each["split"] != "test"]
+
+
 @pytest.mark.parametrize("change, part", [
     (lambda data: data["images"].pop(), "has captions and is not in `images`"),
     (lambda data: data["annotations"].append({"image_id": 0, "caption": None}), "AttributeError"),
