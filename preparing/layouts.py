@@ -101,8 +101,10 @@ def refuse_other_json(path: Path, data: Any) -> None:
     first = data[0] if isinstance(data, list) and data else None
     images = data.get("images") if isinstance(data, dict) else None
     hint = None
-    if isinstance(first, dict) and {"image_id", "caption"} <= first.keys():
+    if isinstance(first, dict) and first.keys() == {"image_id", "caption"}:
         hint = "COCO's results, a model's captions without pictures; give what people wrote"
+    elif isinstance(first, dict) and "caption" in first:
+        hint = "a list of captions, as BLIP has them; write it as a table with the columns image and caption"
     elif isinstance(first, list) or (isinstance(data, dict) and "<start>" in data):
         hint = "one of the files that create_input_files.py writes; give what they were made from"
     elif isinstance(images, list) and images and isinstance(images[0], dict) and "file_name" in images[0]:

@@ -126,7 +126,8 @@ def read_rows(path: Path, text: str) -> list[tuple[str, dict[str, str]]]:
                          "or tabs; each further line is a caption")
     # Flickr30k's bars come without any quoting: a quote at a caption's beginning is part of it.
     quoting = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL
-    if separator == "|":
+    columns = columns_of(header, separator)
+    if separator == "|" and "comment_number" in columns:
         lines = [LACKS_A_BAR.sub(r"\1| ", line) for line in lines]
     table = csv.reader(lines, delimiter=separator, quoting=quoting, skipinitialspace=True, strict=True)
     rows, line = [], 1
@@ -138,7 +139,6 @@ def read_rows(path: Path, text: str) -> list[tuple[str, dict[str, str]]]:
     except csv.Error as error:
         where, why = wrong_field("".join(lines[line - 1:]), line, separator)
         raise InputError(f"{path}, line {where}: not a table, {why or reason(error)}") from error
-    columns = columns_of(header, separator)
     for where, row in rows:
         if len(row) != len(columns):
             remedy = "cannot be quoted, so replace them" if separator == "|" else "needs quotes around it"
@@ -158,7 +158,7 @@ def columns_of(header: str, separator: str) -> list[str]:
 def wrong_field(text: str, line: int, separator: str) -> tuple[int, str | None]:
     """The line in which the field begins at which csv stopped, and why, for a text that begins with its row."""
     quoted, end = r'"[^"]*(?:""[^"]*)*"', rf"(?:{re.escape(separator)}|\r\n|\r|\n|\Z)"
-    field = re.compile(rf' *(?:{quoted}|(?!")[^{re.escape(separator)}\r\n]*){end}')
+    field = re.compile(rf'(?: *{quoted}|(?! *")[^{re.escape(separator)}\r\n]*){end}')
     limit, at = csv.field_size_limit(), 0
     while at < len(text) and (found := field.match(text, at)) and len(found[0]) <= limit:
         at = found.end()

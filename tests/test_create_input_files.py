@@ -467,6 +467,8 @@ TABLES = {
     "an early quote": ('image,caption\n1.png,"a dog\n2.png,"b cat\n', "not a table"),
     "an open quote's line": ('image,caption\n\n"1\n.png",b\n"2\n.png","a\n3.png,b\n', "line 6: not a table, the "
                              "quote that opens here is never closed"),
+    "an open quote after a blank": ('image,caption\n1.png, "a, b"\n2.png, "a\n3.png,b\n', "line 3: not a table, the "
+                                    "quote that opens here is never closed"),
     "an early quote's lines": ('image,caption\n1.png,"a dog\n2.png,"b cat\n', "line 2: not a table, the quote that "
                                "opens here ends in line 3"),
     "a quote out of place": ('image,caption\n1.png,b\n2.png,"Dogs" run\n', "line 3: not a table, the quote that opens "

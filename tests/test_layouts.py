@@ -151,6 +151,8 @@ def test_flickr30ks_results(tmp_path):
             for each in data["images"]] == [("7.jpg", ["two men in hats", "a man"]), ("8.jpg", ["a dog runs"])]
     with refused("results.csv, line 2: not 3 values; a caption with bars cannot be quoted"):
         from_csv(write(tmp_path / "results.csv", "image_name| comment_number| comment\n7.jpg| 0| a | b\n"))
+    bars = write(tmp_path / "captions.txt", "image|caption\n7.jpg| 4 dogs\n")
+    assert from_csv(bars)["images"][0]["sentences"] == [{"tokens": ["4", "dogs"]}]
     commas = write(tmp_path / "captions.txt", "image_name,comment_number,comment\n7.jpg,0, A dog\n")
     assert from_csv(commas)["images"][0]["sentences"] == [{"tokens": ["a", "dog"]}]
 
@@ -269,6 +271,8 @@ OTHERS: dict[str, tuple[str, str | bytes, list[str]]] = {
     "COCO's objects": ("instances.json", '{"images": [], "annotations": [{"image_id": 1, "bbox": []}]}',
                        ["COCO's objects", "captions_train2014.json"]),
     "COCO's results": ("results.json", '[{"image_id": 1, "caption": "a dog"}]', ["COCO's results", "people wrote"]),
+    "BLIP's records": ("coco_karpathy_train.json", '[{"image": "1.jpg", "caption": "a dog", "image_id": 1}]',
+                       ["BLIP", "a table with the columns image and caption"]),
     "COCO's pictures alone": ("image_info_test2014.json", '{"images": [{"id": 1, "file_name": "1.jpg"}]}',
                               ["COCO's list of pictures", "captions_train2014.json"]),
     "a word map": ("WORDMAP_x.json", '{"a": 1, "<start>": 2}', ["create_input_files.py writes", "made from"]),
