@@ -1,14 +1,15 @@
-"""Karpathy's JSON and a folder of pictures to the files that train.py and eval.py read.
+"""Captions and a folder of pictures to the files that train.py and eval.py read.
 
-    python create_input_files.py --dataset coco --karpathy_json_path dataset_coco.json --image_folder .
-    python create_input_files.py --dataset mine --captions_csv captions.csv
+    python create_input_files.py --dataset coco --captions dataset_coco.json --image_folder .
+    python create_input_files.py --dataset mine --captions captions.csv
 
 The second form is for your own pictures: a table with the columns `image` and `caption` (one row a caption) and, if
-wanted, `split` (train, val or test). Karpathy's layout, to which a table is brought too, is
+wanted, `split` (train, val or test). The first is Karpathy's layout, to which all others are brought:
 
     {"images": [{"filename": "1.jpg", "imgid": 0, "split": "train", "sentences": [{"tokens": ["a", "dog", "runs"]}]}]}
 
-and COCO's has `filepath`, a folder, and `cocoid` besides; its split `restval` counts as train.
+and COCO's has `filepath`, a folder, and `cocoid` besides; its split `restval` counts as train. COCO's own
+captions_*.json, Flickr8k.token.txt and Flickr30k's results.csv are read as they are, too.
 """
 from __future__ import annotations
 
@@ -22,13 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datasets import read_json
+from datasets import read_word_map
 from preparing.folder import check_space, finish_killed_run, input_hash, is_done, whole_folder, write_json
+from preparing.layouts import read_layout
 from preparing.notes import about_empty_splits, about_left_out, about_samples, about_words
 from preparing.pixels import write_images
-from preparing.tables import SPLITS, checked_tokens, from_csv, naming_layout_errors
-from safety.checkpoints import SPECIAL_WORDS
-from safety.errors import InputError, UsageError, run_script
+from preparing.tables import SPLITS, checked_tokens, naming_layout_errors
+from safety.checkpoints import SPECIAL_WORDS, load_checkpoint
+from safety.errors import InputError, UsageError, printable, run_script
 from safety.flags import integer
 from safety.pictures import check_paths
 from safety.words import RULE, is_caption
@@ -44,11 +46,16 @@ class Picture(NamedTuple):
     references: list[list[str]]  # all of them
 
 
-def create_input_files(dataset: str, karpathy_json_path: str | Path | None, image_folder: str | Path,
-                       captions_per_image: int, min_word_freq: int, output_folder: str | Path,
-                       max_len: int = 100, *,  # the original's; the flag says 50
-                       captions_csv: str | Path | None = None, workers: int = 1, overwrite: bool = False) -> str:
+def create_input_files(dataset: str, karpathy_json_path: str | Path | Sequence[str | Path] | None,
+                       image_folder: str | Path, captions_per_image: int, min_word_freq: int,
+                       output_folder: str | Path, max_len: int = 100, *,  # the original's; the flag says 50
+                       captions_csv: str | Path | None = None, word_map: str | Path | None = None, workers: int = 1,
+                       overwrite: bool = False) -> str:
     """Writes the word map, and for each split pictures, captions, lengths and references.
+
+    Args:
+        karpathy_json_path, captions_csv: one of them, in any layout; several files only of COCO's captions_*.json.
+        word_map: a word map's file, or a checkpoint, whose words are taken; `min_word_freq` then counts for nothing.
 
     Returns:
         The base name of the files, for --data_name.
@@ -56,24 +63,31 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | None, imag
     Raises:
         InputError: a file is missing or wrong, there is no space, or other files of this name exist.
     """
-    source, image_folder, folder = Path(captions_csv or karpathy_json_path), Path(image_folder), Path(output_folder)
-    data = from_csv(source) if captions_csv else read_json(source)  # both in Karpathy's layout
+    sources = captions_csv or karpathy_json_path
+    sources = [Path(sources)] if isinstance(sources, (str, Path)) else [Path(each) for each in sources]
+    source, image_folder, folder = ", ".join(map(str, sources)), Path(image_folder), Path(output_folder)
+    data, layout = read_layout(sources, image_folder)  # in Karpathy's
+    print(printable(f"{source}: {layout}"))
     with naming_layout_errors(source):  # a key that is not there becomes one line that names the file
         pictures, word_freq, notes = read_captions(data, dataset, image_folder, max_len, source)
     check_captions(pictures, word_freq, notes, source, max_len)
-    paths = [picture.path for picture in pictures]
-    check_paths(paths, image_folder, source)
-    word_map = make_word_map(word_freq, min_word_freq)
+    check_paths([picture.path for picture in pictures], image_folder, source)
+    base = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
+    if word_map:
+        word_map = known_words(word_map, word_freq)
+        base = f"{dataset}_{captions_per_image}_cap_per_img_{len(word_map)}_given_words"
+        min_word_freq = None
+    else:
+        word_map = make_word_map(word_freq, min_word_freq)
     counts = {split: sum(picture.split == split for picture in pictures) for split in ("VAL", "TEST")}
     notes += [*about_samples([len(picture.captions) for picture in pictures], captions_per_image),
               *about_empty_splits(counts, source), *about_words(word_freq, word_map, min_word_freq)]
 
-    base = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
-    made_from = input_hash(source, image_folder, paths, captions_per_image, min_word_freq, max_len)
+    made_from = input_hash(image_folder, pictures, word_map, captions_per_image, max_len)
     if finish_killed_run(folder, base, made_from):  # one that had written all files, and moved some
         print_summary(pictures, notes, folder, base)
         return base
-    if is_done(folder, base, made_from, overwrite):
+    if is_done(folder, base, made_from, overwrite, pictures):
         print(f"{folder} holds these files already, made from the same pictures, captions and settings: nothing to do")
         return base
 
@@ -129,6 +143,16 @@ def make_word_map(word_freq: Counter[str], min_word_freq: int) -> dict[str, int]
     return {word: index for index, word in enumerate([*words, "<unk>", "<start>", "<end>"], 1)} | {"<pad>": 0}
 
 
+def known_words(path: str | Path, word_freq: Counter[str]) -> dict[str, int]:
+    """The vocabulary of a word map or of a checkpoint, for whose model these captions are then; says what it lacks."""
+    word_map = read_word_map(path) if Path(path).suffix == ".json" else load_checkpoint(path)["word_map"]
+    lacking = [word for word, _ in word_freq.most_common() if word not in word_map]
+    print(printable(f"{path}: {len(word_map)} words; of the {len(word_freq)} different ones of the captions "
+                    f"{len(lacking)} are not among them and become <unk>{': ' * bool(lacking)}{', '.join(lacking[:10])}"
+                    f"{', ...' * (len(lacking) > 10)}"))
+    return word_map
+
+
 def sample_captions(captions: list[list[str]], n: int, random: Random) -> list[list[str]]:
     """n captions of a picture: where it has fewer, all of them and some again."""
     if len(captions) < n:
@@ -175,14 +199,19 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to read").add_argument
     add("--dataset", default="coco", metavar="NAME",
         help="coco, flickr8k, flickr30k, or a name of your own for data in their layout (default: coco)")
-    add("--karpathy_json_path", metavar="FILE", help="captions and splits (default: dataset_NAME.json)")
-    add("--captions_csv", metavar="FILE", help="instead of a JSON: a table with columns image, caption and maybe split")
+    add("--captions", nargs="+", metavar="FILE",
+        help="Karpathy's JSON, COCO's captions_*.json (one or several), Flickr8k's or Flickr30k's own file, or a table "
+        "with columns image, caption and maybe split (default: dataset_NAME.json)")
+    for older_name in ("--karpathy_json_path", "--captions_csv"):
+        add(older_name, nargs="+", metavar="FILE", help="the same as --captions")
     add("--image_folder", metavar="DIR", help="where the pictures are (default: the folder of the captions' file)")
     add = parser.add_argument_group("what to keep").add_argument
     add("--captions_per_image", type=integer(1), default=5, metavar="N",
         help="captions sampled for each picture (default: 5)")
     add("--min_word_freq", type=integer(0), default=5, metavar="N",
         help="words that occur N times or less become <unk> (default: 5)")
+    add("--word_map", metavar="FILE",
+        help="take these words instead: of a word map, or of a checkpoint, whose model can then learn from the data")
     add("--max_len", type=integer(1), default=50, metavar="WORDS",
         help="longer captions are left out (default: 50)")
     add = parser.add_argument_group("running").add_argument
@@ -194,18 +223,22 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> str:
-    if args.captions_csv and args.karpathy_json_path:
-        raise UsageError("--captions_csv and --karpathy_json_path cannot be used together")
-    if Path(args.dataset).name != args.dataset or (args.captions_csv and args.dataset == "coco"):
-        raise UsageError("--dataset is a name, not a path; with --captions_csv choose one of your own")
-    source = args.captions_csv or args.karpathy_json_path or f"dataset_{args.dataset}.json"
-    if not Path(source).is_file():
-        raise InputError(f"{source}: no such file; captions come from --karpathy_json_path FILE (for "
-                         f"{', '.join(KARPATHY_SETS)}: search the web for \"Karpathy caption_datasets.zip\") or "
-                         "--captions_csv FILE")
-    return create_input_files(args.dataset, source, args.image_folder or Path(source).parent, args.captions_per_image,
-                              args.min_word_freq, args.output_folder, args.max_len, captions_csv=args.captions_csv,
-                              workers=args.workers, overwrite=args.overwrite)
+    given = [files for files in (args.captions, args.karpathy_json_path, args.captions_csv) if files]
+    if len(given) > 1:
+        raise UsageError("--captions, --captions_csv and --karpathy_json_path cannot be used together; one of them "
+                         "takes several files")
+    if Path(args.dataset).name != args.dataset:
+        raise UsageError("--dataset is a name, not a path")
+    sources = given[0] if given else [f"dataset_{args.dataset}.json"]
+    for path in sources:
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file; captions come from --captions, formerly --karpathy_json_path "
+                             f"(for {', '.join(KARPATHY_SETS)}: search the web for \"Karpathy caption_datasets.zip\")")
+    if args.word_map and not Path(args.word_map).is_file():
+        raise InputError(f"{args.word_map}: no such file; name a word map or a checkpoint with --word_map")
+    return create_input_files(args.dataset, sources, args.image_folder or Path(sources[0]).parent,
+                              args.captions_per_image, args.min_word_freq, args.output_folder, args.max_len,
+                              word_map=args.word_map, workers=args.workers, overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

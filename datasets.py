@@ -35,7 +35,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 PREPROCESSING = {"image_size": IMAGE_SIZE, "mean": list(MEAN), "std": list(STD)}  # what a checkpoint records
 NO_PICTURES = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # a program, and what Pillow only recognises
 DATA_HINT = """Two commands make and use a data set, once its pictures and Karpathy's dataset_coco.json are here:
-  python create_input_files.py --dataset coco --karpathy_json_path dataset_coco.json --image_folder .
+  python create_input_files.py --dataset coco --captions dataset_coco.json --image_folder .
   python train.py"""
 
 
@@ -143,7 +143,7 @@ def read_word_map(path: str | Path) -> dict[str, int]:
 
 def read_json(path: str | Path) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # with or without Windows' byte order mark
+        return json.loads(Path(path).read_bytes())  # with or without Windows' byte order mark, or in its UTF-16
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; make it with create_input_files.py") from error
     except (ValueError, RecursionError) as error:

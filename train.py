@@ -503,7 +503,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="batches between two looks at the loss (default: 100)")
     add("--fine_tune_encoder", action="store_const", const="2", dest="stage", default="both",
         help="the same as --stage 2")
-    add("--checkpoint", metavar="FILE", help="resume from here")
+    add("--checkpoint", metavar="FILE", help="resume from here; or, where it is of other data, begin from its weights")
     add_more_flags(parser)
     return parser
 

@@ -23,21 +23,26 @@ from safety.files import naming_write_errors, remove_stale, temporary_folder
 JSON_FILES = ("CAPTIONS", "CAPLENS", "REFERENCES")
 
 
-def input_hash(source: Path, image_folder: Path, pictures: Sequence[Path], *settings: int) -> str:
-    """A hash of all that the files are made from: captions, pictures (their folder and sizes) and settings."""
-    sha = hashlib.sha256(source.read_bytes())
-    sizes = [path.stat().st_size for path in pictures]
-    sha.update(repr((str(image_folder.resolve()), sizes, settings)).encode())
+def input_hash(image_folder: Path, pictures: Sequence[Any], *settings: Any) -> str:
+    """A hash of all that the files are made from: what was read of the captions, the pictures' sizes, and settings.
+
+    In whatever layout the same captions were, it is the same.
+    """
+    sha = hashlib.sha256(repr((str(image_folder.resolve()), settings)).encode())
+    for each in pictures:  # create_input_files.Picture
+        name, size = str(each.path.relative_to(image_folder)), each.path.stat().st_size
+        sha.update(repr((name, size, each.image_id, each.split, each.references)).encode())
     return sha.hexdigest()
 
 
-def is_done(folder: Path, base: str, made_from: str, overwrite: bool) -> bool:
+def is_done(folder: Path, base: str, made_from: str, overwrite: bool, pictures: Sequence[Any] = ()) -> bool:
     """Whether all files exist and were made from this input; refuses to touch those of another."""
     texts = [folder / f"{split}_{kind}_{base}.json" for split in ("TRAIN", "VAL", "TEST") for kind in JSON_FILES]
     archives = [folder / f"{split}_IMAGES_{base}.hdf5" for split in ("TRAIN", "VAL", "TEST")]
     exist = [path.exists() for path in (folder / f"WORDMAP_{base}.json", *texts, *archives)]
     if overwrite or not any(exist):
         return False
+    since = ""
     if all(exist):
         try:
             inputs = set()
@@ -46,10 +51,21 @@ def is_done(folder: Path, base: str, made_from: str, overwrite: bool) -> bool:
                     inputs.add(file.attrs.get("made_from"))
             if inputs == {made_from}:
                 return True
-        except (OSError, TypeError):
+            since = changed_since(folder, base, pictures)
+        except (OSError, TypeError, ValueError):
             pass  # damaged: as good as made from something else
     raise InputError(f"{folder} holds files named {base} that are not whole or were made from other pictures, captions "
-                     "or settings; replace them with --overwrite, or name another --output_folder")
+                     f"or settings{since}; replace them with --overwrite, or name another --output_folder")
+
+
+def changed_since(folder: Path, base: str, pictures: Sequence[Any]) -> str:
+    """How many pictures and captions were added or taken away since the files were made."""
+    before = [captions for split in ("TRAIN", "VAL", "TEST")
+              for captions in json.loads((folder / f"{split}_REFERENCES_{base}.json").read_bytes())]
+    changes = {"pictures": len(pictures) - len(before),
+               "captions": sum(len(each.references) for each in pictures) - sum(map(len, before))}
+    words = [f"{abs(change)} {what} {'more' if change > 0 else 'fewer'}" for what, change in changes.items() if change]
+    return f" (there are {' and '.join(words)} now)" if pictures and words else ""
 
 
 def finish_killed_run(folder: Path, base: str, made_from: str) -> bool:

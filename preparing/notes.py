@@ -57,13 +57,13 @@ def about_empty_splits(counts: dict[str, int], source: Path) -> list[str]:
             f"{split.lower()}" for split, count in counts.items() if not count]
 
 
-def about_words(word_freq: Counter[str], word_map: dict[str, int], min_word_freq: int) -> list[str]:
-    """Of the vocabulary, and whether captions can be learnt with it."""
+def about_words(word_freq: Counter[str], word_map: dict[str, int], min_word_freq: int | None) -> list[str]:
+    """Of the vocabulary, and whether captions can be learnt with it; `min_word_freq` is None of a given one."""
     unknown = sum(count for word, count in word_freq.items() if word not in word_map)
     once = sum(count == 1 for word, count in word_freq.items() if word in word_map)
     notes = [f"vocabulary: {len(word_map)} words with the 4 special ones; {100 * unknown / word_freq.total():.2f} % of "
              "all words are <unk>"]
-    if unknown:
+    if unknown and min_word_freq is not None:
         notes[0] += f", as they occur {min_word_freq} times or less; --min_word_freq 0 keeps all"
     rare = 100 * (unknown + once) / word_freq.total()
     if rare > 25:

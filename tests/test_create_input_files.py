@@ -453,7 +453,7 @@ TABLES = {
     "nothing": ("", "columns image, caption"),
     "only a header": ("image,caption\n", "columns image, caption"),
     "other columns": ("file,text\n1.png,a\n", "columns image, caption"),
-    "semicolons": ("image;caption\n1.png;a\n", "separated by commas"),
+    "semicolons without quotes": ("image;caption\n1.png;a; b\n", "line 2: not 2 values; a caption with semicolons"),
     "a missing value": ("image,caption\n1.png,a\n1.png\n", "line 3"),
     "a comma without quotes": ("image,caption\n1.png,a dog, running\n", "line 2: not 2 values"),
     "no picture": ("image,caption\n1.png,a\n,b\n", "line 3"),
@@ -465,6 +465,19 @@ TABLES = {
     "two splits": ("image,caption,split\n1.png,a,train\n1.png,b,val\n", "line 3: 1.png is in two splits, train and"),
     "an open quote": ('image,caption\n1.png,"a\n2.png,b\n', "not a table"),
     "an early quote": ('image,caption\n1.png,"a dog\n2.png,"b cat\n', "not a table"),
+    "an open quote's line": ('image,caption\n\n"1\n.png",b\n"2\n.png","a\n3.png,b\n', "line 6: not a table, the "
+                             "quote that opens here is never closed"),
+    "an open quote after a blank": ('image,caption\n1.png, "a, b"\n2.png, "a\n3.png,b\n', "line 3: not a table, the "
+                                    "quote that opens here is never closed"),
+    "an early quote's lines": ('image,caption\n1.png,"a dog\n2.png,"b cat\n', "line 2: not a table, the quote that "
+                               "opens here ends in line 3"),
+    "a quote out of place": ('image,caption\n1.png,b\n2.png,"Dogs" run\n', "line 3: not a table, the quote that opens "
+                             "here ends in line 3 before the value does; put quotes around the whole value"),
+    "a huge value": (f"image,caption\n1.png,b\n2.png,{'a ' * 70_000}\n", "line 3: not a table, a value of more than"),
+    "a huge value in quotes": (f'image,caption\n1.png,"{"a " * 70_000}"\n', "line 2: not a table, a value of more "),
+    "an open quote and much after it": (f'image,caption\n1.png,b\n2.png,"a\n{"3.png,b" * 70_000}', "line 3: not a "
+                                        "table, the quote that opens here is never closed"),
+    "a row of two lines": ('image,caption\n1.png,"a\nb",c\n', "line 2: not 2 values"),
 }
 
 
@@ -492,17 +505,18 @@ def test_main_prints_counts_vocabulary_and_unknown_words(tmp_path, capsys):
                                          "--output_folder", str(tmp_path / "out"), "--workers", "1"]))
     assert base == "mine_3_cap_per_img_1_min_word_freq"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("3 pictures need 0.00 GB in")
-    assert lines[1:4] == ["TRAIN: 1 pictures, 2 captions", "VAL: 1 pictures, 1 captions",
+    assert lines[0] == f"{tmp_path / 'set.json'}: Karpathy's layout, splits as it says"
+    assert lines[1].startswith("3 pictures need 0.00 GB in")
+    assert lines[2:5] == ["TRAIN: 1 pictures, 2 captions", "VAL: 1 pictures, 1 captions",
                           "TEST: 1 pictures, 1 captions"]
-    assert lines[4].startswith("1 pictures left out: of the splits extra (1)")
-    assert lines[5].startswith("1 pictures, 1 of 5 captions left out: longer than 4 words")
-    assert lines[6].startswith("3 pictures have fewer than 3 captions")
+    assert lines[5].startswith("1 pictures left out: of the splits extra (1)")
+    assert lines[6].startswith("1 pictures, 1 of 5 captions left out: longer than 4 words")
+    assert lines[7].startswith("3 pictures have fewer than 3 captions")
     # a 6 times, dog 3; runs, b to f and cat once: 7 of 16 words
-    assert lines[7] == ("vocabulary: 6 words with the 4 special ones; 43.75 % of all words are <unk>, as they occur 1 "
+    assert lines[8] == ("vocabulary: 6 words with the 4 special ones; 43.75 % of all words are <unk>, as they occur 1 "
                         "times or less; --min_word_freq 0 keeps all")
-    assert lines[8].startswith("warning: 44 % of all words are <unk> or occur only once")
-    assert lines[9:] == [f"next: python train.py --data_folder {tmp_path / 'out'} --data_name {base}"]
+    assert lines[9].startswith("warning: 44 % of all words are <unk> or occur only once")
+    assert lines[10:] == [f"next: python train.py --data_folder {tmp_path / 'out'} --data_name {base}"]
     assert len(load((tmp_path / "out", base), "TRAIN_CAPLENS")) == 3
 
 

@@ -155,7 +155,8 @@ def read_checkpoint(path: str | Path, word_map: dict[str, int], world: World) ->
     state = broadcast(load_checkpoint(path, word_map) if world.rank == 0 else None, world)
     if state["word_map"] != word_map:
         raise InputError(f"{path} was trained with {len(state['word_map'])} words, the data have {len(word_map)}, "
-                         "or others in another order; train on the data that it was made for")
+                         "or others in another order; prepare these data with its words by create_input_files.py "
+                         f"--word_map {path}, or train on those that it was made for")
     return state
 
 
@@ -164,14 +165,19 @@ def first_checkpoint(args: argparse.Namespace, word_map: dict[str, int], world: 
     """The checkpoint to resume from, if one is named, how far it is, and what to say of the flags."""
     if args.checkpoint is None:
         return None, None, []
-    start, best = read_checkpoint(args.checkpoint, word_map, world), output_files(args).best
+    start, files, messages = read_checkpoint(args.checkpoint, word_map, world), output_files(args), []
     check_model(start, args, default)
+    if start["training"] and (before := start["training"]["args"]["data_name"]) != args.data_name:
+        messages.append(f"{args.checkpoint} was trained on {before}: with its weights, training on {args.data_name} "
+                        "begins anew")
+        start["training"] = None  # its epochs and its best score are of other pictures
     if start["training"]:
         return start, *check_resume(start, args, world)
-    if best.exists():  # and the first epoch, whatever it scores, would replace it
-        raise InputError(f"{best} would be overwritten, as {args.checkpoint} tells no score to beat; name another "
-                         "--output_folder")
-    return start, None, []
+    for path in (files.best, files.checkpoint):
+        if path.exists() and (path == files.best or path.resolve() != Path(args.checkpoint).resolve()):
+            raise InputError(f"{path} would be overwritten, as {args.checkpoint} tells no score to beat on these data; "
+                             "name another --output_folder")
+    return start, None, messages
 
 
 def check_model(start: dict[str, Any], args: argparse.Namespace, default: Callable[[str], Any]) -> None:
