@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ def input_hash(image_folder: Path, pictures: Sequence[Any], *settings: Any) -> s
     """
     sha = hashlib.sha256(repr((str(image_folder.resolve()), settings)).encode())
     for each in pictures:  # create_input_files.Picture
-        name, size = str(each.path.relative_to(image_folder)), each.path.stat().st_size
+        name, size = os.path.relpath(each.path, image_folder), each.path.stat().st_size
         sha.update(repr((name, size, each.image_id, each.split, each.references)).encode())
     return sha.hexdigest()
 
