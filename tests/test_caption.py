@@ -276,7 +276,8 @@ def test_words_can_be_forbidden(model, pictures):
 
 def test_one_bad_file_of_many_gives_none_in_its_place(model, pictures, tmp_path):
     (tmp_path / "bad.png").write_bytes(pictures[0].read_bytes()[:200])
-    images = [pictures[0], tmp_path / "bad.png", str(tmp_path / "missing.png"), pictures[1]]
+    first = np.array(Image.open(pictures[0]).convert("RGB"))
+    images = [first, tmp_path / "bad.png", str(tmp_path / "missing.png"), pictures[1]]
     expected = caption_images(model.captioner, pictures[:2], SEARCH)
     for batch_size in (1, 2, 16):
         first, *nothing, last = caption_images(model.captioner, images, SEARCH, batch_size, skip_unreadable=True)

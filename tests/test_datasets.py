@@ -133,6 +133,16 @@ def test_deeper_pictures_are_brought_to_bytes_by_their_own_range(tmp_path, value
         assert np.abs(read_image(each).astype(float) - expected).max() <= 1
 
 
+PARTS = {"0 to 1": (1 / 510, "f4"), "8 bits": (1 / 2, "u2"), "12 bits": (8, "u2"), "16 bits": (128, "i4")}
+
+
+@pytest.mark.parametrize("scale, kind", PARTS.values(), ids=PARTS)
+def test_a_darker_picture_stays_darker(tmp_path, scale, kind):
+    """One that fills half of its range is not stretched."""
+    picture = Image.fromarray(((PHOTO + 50) * scale).astype(kind))
+    assert np.abs(read_image(picture).astype(float) - (PHOTO + 50) / 2).max() <= 1
+
+
 def test_numbers_without_a_sign_keep_their_highest_bit(tmp_path):
     """Pillow has no mode for 32 bits without a sign, and so a TIFF's brightest pixels are negative."""
     picture = Image.fromarray((PHOTO * 2 ** 23).astype("i4"))
