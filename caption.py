@@ -22,8 +22,9 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,7 +45,7 @@ from safety.checkpoints import load_checkpoint
 from safety.errors import InputError, UsageError, printable, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
-from safety.pictures import there_instead, unreadable_error
+from safety.pictures import counted, is_one_colour, there_instead, unreadable_error
 from utils import autocast, progress_bar, setup_world
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -61,10 +63,35 @@ class Search(NamedTuple):
     @staticmethod
     def from_args(args: argparse.Namespace, beam_size: int, n_best: int = 1) -> Search:
         """From the flags of `add_search_flags`."""
-        if args.length_penalty and args.consensus:
+        return Search(beam_size, args.max_len, n_best, args.length_penalty, args.consensus).checked()
+
+    def checked(self) -> Search:
+        """Itself, if its values make sense; from Python they may be anything."""
+        check_counts(beam_size=self.beam_size, max_len=self.max_len, n_best=self.n_best)
+        if not isinstance(self.length_penalty, Real) or not 0 <= self.length_penalty <= 2:
+            raise UsageError("length_penalty: a number from 0 to 2")
+        if self.n_best > self.beam_size:
+            raise UsageError(f"--n_best {self.n_best}: a beam of {self.beam_size} finds no more than that; widen it "
+                             "with --beam_size")
+        if self.length_penalty and self.consensus:
             raise UsageError("--length_penalty and --consensus are two ways to choose among the beam's captions; name "
                              "one")
-        return Search(beam_size, args.max_len, n_best, args.length_penalty, args.consensus)
+        return self
+
+    def forbidden_ids(self, word_map: dict[str, int]) -> list[int]:
+        """Of the forbidden words; each must be one of the vocabulary, or it would be forbidden in vain."""
+        words = [self.forbidden] if isinstance(self.forbidden, str) else list(self.forbidden)
+        if unknown := [word for word in words if word not in word_map]:
+            raise UsageError(f"forbidden {', '.join(map(repr, unknown[:5]))}: not among the model's {len(word_map)} "
+                             "words, so it cannot come up; leave it out")
+        return [word_map[word] for word in words]
+
+
+def check_counts(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise UsageError(f"{name}={value if isinstance(value, Real) else type(value).__name__}: a whole number of "
+                             "1 or more")
 
 
 @torch.inference_mode()
@@ -79,8 +106,8 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
         decoder: anything with `start`, `step`, `fc` and `vocab_size`, in eval mode.
         encoder_out: (N, h, w, C) or (N, P, C).
     """
-    n, k, device = len(encoder_out), search.beam_size, encoder_out.device
-    forbidden = torch.tensor([word_map[word] for word in search.forbidden], dtype=torch.long).to(device)
+    n, k, device = len(encoder_out), search.checked().beam_size, encoder_out.device
+    forbidden = torch.tensor(search.forbidden_ids(word_map), dtype=torch.long).to(device)
     annotations, state = decoder.start(encoder_out)
     state = tuple(each.repeat_interleave(k, dim=0) for each in state)           # (N * K, ...); annotations stay N
     sequences = torch.full((n, k, 1), word_map["<start>"], device=device)       # (N, K, t), the hypotheses
@@ -177,6 +204,8 @@ def by_consensus(captions: Sequence[Caption]) -> list[Caption]:
 
 # ---- in Python -------------------------------------------------------------------------------------------------------
 
+FILES = (str, Path, Image.Image)  # pictures that can turn out to be damaged; Pillow reads the pixels late
+
 class Captioner(NamedTuple):
     """A model that captions: what `load` returns."""
 
@@ -199,22 +228,57 @@ def load(model: str | Path, word_map: str | Path | None = None, device: str | No
     return Captioner(encoder, decoder, checkpoint["word_map"], precision)
 
 
-def caption_images(model: Captioner, images: Sequence[AnyPicture] | Tensor, search: Search = Search(),
-                   batch_size: int = 16, with_alphas: bool = True, **settings: Any) -> list[list[Caption]]:
+def caption_images(model: Captioner, images: AnyPicture | Iterable[AnyPicture], search: Search = Search(),
+                   batch_size: int = 16, with_alphas: bool = True, skip_unreadable: bool = False,
+                   **settings: Any) -> list[list[Caption] | None]:
     """For each picture its captions, the best first.
 
     Args:
-        images: files, Pillow's pictures, arrays (H, W, 3) or tensors (3, H, W), both uint8; in any mixture.
+        images: files, Pillow's pictures, arrays (H, W, 3) or tensors (3, H, W), both uint8; in any mixture, or one.
+        skip_unreadable: None in the place of a picture that cannot be read, instead of an error.
         settings: fields of `Search`, in place of those that `search` has: caption_images(model, images, n_best=3).
 
     Raises:
-        InputError: a picture cannot be read.
+        InputError: a picture cannot be read or is none, or a setting makes no sense.
     """
-    search, captions = search._replace(**settings), []
+    check_counts(batch_size=batch_size)
+    search, images = search._replace(**settings).checked(), as_list(images)
+    found: list[list[Caption] | InputError] = []
     for i in range(0, len(images), batch_size):
-        pixels = torch.from_numpy(np.stack([read_image(image) for image in images[i:i + batch_size]]))
-        captions += caption_pixels(model, pixels, search, with_alphas)
-    return captions
+        pixels = [try_to_read(image) for image in images[i:i + batch_size]]
+        for image, result in zip(images[i:], pixels, strict=False):
+            if isinstance(result, InputError) and not (skip_unreadable and isinstance(image, FILES)):
+                raise result
+        found += caption_read(model, pixels, search, with_alphas)
+    return [None if isinstance(captions, InputError) else captions for captions in found]
+
+
+def as_list(images: AnyPicture | Iterable[AnyPicture]) -> list[AnyPicture]:
+    """One picture or many, as a list; what is none is named by its type."""
+    several = images.ndim == 4 if isinstance(images, (np.ndarray, Tensor)) else (
+        isinstance(images, Iterable) and not isinstance(images, (*FILES, bytes, bytearray, memoryview, Mapping)))
+    listed = list(images) if several else [images]
+    for each in listed:
+        if not isinstance(each, (*FILES, np.ndarray, Tensor)):
+            raise InputError(f"{type(each).__name__}: no picture; give a file's name, a picture of Pillow's, an array "
+                             "(H, W, 3) or a tensor (3, H, W)")
+    return listed
+
+
+def try_to_read(image: AnyPicture) -> np.ndarray | InputError:
+    """What the model sees of a picture, (3, 256, 256); or why it cannot be read."""
+    try:
+        return read_image(image)
+    except InputError as error:
+        return error
+
+
+def caption_read(model: Captioner, pixels: Sequence[np.ndarray | InputError], search: Search,
+                 with_alphas: bool = True) -> list[list[Caption] | InputError]:
+    """The captions of a batch of what `try_to_read` gives; the errors stay in their places."""
+    readable = [torch.from_numpy(each) for each in pixels if not isinstance(each, InputError)]
+    found = iter(caption_pixels(model, torch.stack(readable), search, with_alphas) if readable else ())
+    return [each if isinstance(each, InputError) else next(found) for each in pixels]
 
 
 @torch.inference_mode()
@@ -246,6 +310,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to caption").add_argument
     add("--img", "-i", nargs="+", required=True, metavar="PATH",
         help="pictures, folders of pictures, or patterns like '*.jpg'")
+    add("--skip_unreadable", action="store_true", help="do not fail where some pictures cannot be read")
     add("--model", "-m", "--checkpoint", metavar="FILE", help="(default: the BEST_checkpoint_* in this folder)")
     add("--word_map", "-wm", metavar="FILE", help="only for checkpoints that hold none (the original tutorial's)")
     add = parser.add_argument_group("search").add_argument
@@ -320,17 +385,6 @@ def find_model() -> Path:
     return found[0]
 
 
-def read_pictures(paths: Sequence[Path], unreadable: list[tuple[Path, InputError]]) -> dict[Path, Tensor]:
-    """What the model sees of each file, (3, 256, 256); files that cannot be read are put on the list."""
-    pictures = {}
-    for path in paths:
-        try:
-            pictures[path] = torch.from_numpy(read_image(path))
-        except InputError as error:
-            unreadable.append((path, error))
-    return pictures
-
-
 def line_of(path: Path, caption: Caption, probabilities: bool) -> str:
     """A caption as it stands in the terminal."""
     words = caption.words
@@ -342,9 +396,6 @@ def line_of(path: Path, caption: Caption, probabilities: bool) -> str:
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions pictures, prints and returns the results. Where some cannot be read, it fails after all others."""
-    if args.n_best > args.beam_size:
-        raise UsageError(f"--n_best {args.n_best}: a beam of {args.beam_size} finds no more than that; widen it with "
-                         "--beam_size")
     search = Search.from_args(args, args.beam_size, args.n_best)
     if args.json and Path(args.json).suffix.lower() in picture_suffixes() | PAGES:
         raise UsageError(f"--json {args.json}: the results would overwrite a picture or a page; name another file")
@@ -360,9 +411,14 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     starts = range(0, len(pictures), args.batch_size)
     bar = progress_bar(starts, "captions", "batch", len(starts) > 1)
     for i in bar:
-        batch = read_pictures(pictures[i:i + args.batch_size], unreadable)
-        found = caption_pixels(model, torch.stack(list(batch.values())), search) if batch else []
-        for path, captions in zip(batch, found, strict=True):
+        batch = pictures[i:i + args.batch_size]
+        pixels = [try_to_read(path) for path in batch]
+        for path, seen, captions in zip(batch, pixels, caption_read(model, pixels, search), strict=True):
+            if isinstance(captions, InputError):
+                unreadable.append((path, captions))
+                continue
+            if is_one_colour(seen):
+                bar.write(printable(f"warning: {path} is of one colour; what is said of it means nothing"), sys.stderr)
             results.append({"image": str(path), "captions": [
                 {"caption": " ".join(each.words), "log_prob": each.log_prob, "finished": each.finished,
                  "word_log_probs": each.word_log_probs} for each in captions]})
@@ -374,7 +430,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             elif figures:
                 draw_figure(path, figures[path], captions[0], rev_word_map, args.smooth)
     if not results:
-        raise unreadable_error(unreadable)
+        raise unreadable_error(unreadable, others_exist=False)
     if page:
         write_page(args.out, "What the model saw", {"": shown}, args.smooth)
     text = printable(json.dumps(results, indent=2, ensure_ascii=False))  # file names may hold unprintable characters
@@ -383,8 +439,10 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     elif args.json:
         with atomic_write(args.json) as file:
             file.write(text + "\n")
+    if unreadable and not args.skip_unreadable:
+        raise unreadable_error(unreadable, others_exist=True)
     if unreadable:
-        raise unreadable_error(unreadable)
+        print(printable(counted([path for path, _ in unreadable], "left out, which cannot be read")), file=sys.stderr)
     return results
 
 

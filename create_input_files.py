@@ -50,7 +50,7 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | Sequence[s
                        image_folder: str | Path, captions_per_image: int, min_word_freq: int,
                        output_folder: str | Path, max_len: int = 100, *,  # the original's; the flag says 50
                        captions_csv: str | Path | None = None, word_map: str | Path | None = None, workers: int = 1,
-                       overwrite: bool = False) -> str:
+                       overwrite: bool = False, skip_unreadable: bool = False) -> str:
     """Writes the word map, and for each split pictures, captions, lengths and references.
 
     Args:
@@ -97,15 +97,18 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | Sequence[s
         random = Random(123)  # the original's seed, for the same captions
         for split in ("TRAIN", "VAL", "TEST"):
             chosen = [picture for picture in pictures if picture.split == split]
+            unreadable = write_images(place / f"{split}_IMAGES_{base}.hdf5", split, [each.path for each in chosen],
+                                      [each.image_id for each in chosen],
+                                      {"captions_per_image": captions_per_image, "made_from": made_from}, workers,
+                                      skip_unreadable)
+            pictures = [each for each in pictures if each.path not in unreadable]
+            chosen = [each for each in chosen if each.path not in unreadable]
             captions = [words for picture in chosen
                         for words in sample_captions(picture.captions, captions_per_image, random)]
             write_json(place / f"{split}_CAPTIONS_{base}.json",
                        [encode_caption(words, word_map, max_len) for words in captions])
             write_json(place / f"{split}_CAPLENS_{base}.json", [len(words) + 2 for words in captions])
             write_json(place / f"{split}_REFERENCES_{base}.json", [picture.references for picture in chosen])
-            write_images(place / f"{split}_IMAGES_{base}.hdf5", split, [picture.path for picture in chosen],
-                         [picture.image_id for picture in chosen],
-                         {"captions_per_image": captions_per_image, "made_from": made_from}, workers)
     print_summary(pictures, notes, folder, base)
     return base
 
@@ -216,6 +219,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="longer captions are left out (default: 50)")
     add = parser.add_argument_group("running").add_argument
     add("--output_folder", default="data", metavar="DIR", help="where the files go (default: data)")
+    add("--skip_unreadable", action="store_true", help="leave out pictures that cannot be read, and say which")
     add("--overwrite", action="store_true", help="replace files that were made from something else")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--workers", type=integer(1), default=cores, metavar="N", help="that read pictures (default: one a core)")
@@ -238,7 +242,8 @@ def main(args: argparse.Namespace) -> str:
         raise InputError(f"{args.word_map}: no such file; name a word map or a checkpoint with --word_map")
     return create_input_files(args.dataset, sources, args.image_folder or Path(sources[0]).parent,
                               args.captions_per_image, args.min_word_freq, args.output_folder, args.max_len,
-                              word_map=args.word_map, workers=args.workers, overwrite=args.overwrite)
+                              word_map=args.word_map, workers=args.workers, overwrite=args.overwrite,
+                              skip_unreadable=args.skip_unreadable)
 
 
 if __name__ == "__main__":

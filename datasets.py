@@ -7,10 +7,11 @@ Pixels stay bytes until they are on the device that needs them: `normalize` make
 """
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from safety.checkpoints import check_word_map
 from safety.errors import InputError, UsageError, reason
 from safety.hdf5 import open_array, own_array, own_ids
+from safety.metadata import ORIENTATION, orientation, without_metadata, without_warnings
 from safety.pictures import there_instead
 from safety.signals import ignore_signals
 from safety.words import RULE, check_vocabulary, is_caption
@@ -32,6 +34,11 @@ from utils import World  # rank, size (how many processes) and device
 
 IMAGE_SIZE = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
+SAMPLE_FORMAT = 339  # the number of a TIFF's tag: 1 if its numbers have no sign
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
+    start=2))  # by EXIF's number for how the camera was held
 PREPROCESSING = {"image_size": IMAGE_SIZE, "mean": list(MEAN), "std": list(STD)}  # what a checkpoint records
 NO_PICTURES = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # a program, and what Pillow only recognises
 DATA_HINT = """Two commands make and use a data set, once its pictures and Karpathy's dataset_coco.json are here:
@@ -66,16 +73,15 @@ def open_image(image: AnyPicture) -> AbstractContextManager[Image.Image]:
 def read_image(path: AnyPicture) -> np.ndarray:
     """A picture file, or a picture, to pixels (3, 256, 256), uint8, RGB: the one way into every script.
 
-    Any mode that Pillow reads: turned as its EXIF data say, 16 bits brought to 8, transparent parts on white, of an
-    animation the first frame. Resized, without keeping the aspect ratio, by Pillow's bilinear filter.
+    Any mode that Pillow reads: turned as its EXIF data say, deeper ones brought to 8 bits, transparent parts on white,
+    of an animation the first frame. Resized, without keeping the aspect ratio, by Pillow's bilinear filter.
 
     Raises:
         InputError: the file is no picture, or is damaged.
     """
     try:
-        with open_image(path) as picture:
-            picture = to_rgb(picture).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
-            return np.array(picture).transpose(2, 0, 1)
+        picture = read_rgb(path).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+        return np.array(picture).transpose(2, 0, 1)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such picture{there_instead(Path(path))}") from error
     except Exception as error:  # a damaged picture can fail in any way
@@ -84,17 +90,61 @@ def read_image(path: AnyPicture) -> np.ndarray:
                          "out") from error
 
 
+def read_rgb(image: AnyPicture) -> Image.Image:
+    """A picture as RGB, upright. Its metadata cannot cost the pixels: where reading fails, it is tried without them."""
+    with without_warnings():
+        try:
+            with open_image(image) as picture:
+                return to_rgb(picture)
+        except Exception:
+            if not isinstance(image, (str, Path)):
+                raise
+            with suppress(Exception), Image.open(io.BytesIO(without_metadata(image))) as picture:
+                return to_rgb(picture)
+            raise
+
+
 def to_rgb(picture: Image.Image) -> Image.Image:
     """A picture of any mode as RGB, upright."""
     if picture.format == "EPS":
         raise ValueError("EPS is a program for PostScript, and is not run")  # Pillow would call Ghostscript
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits a pixel, in Pillow's modes I;16 and I
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    picture.load()  # by which Pillow turns a TIFF itself
+    exif = picture.info.get("exif")
+    turn = orientation(exif) if isinstance(exif, bytes) else 0
+    with suppress(Exception):  # Pillow looks in other places, too, and may find anything there
+        turn = turn or picture.getexif().get(ORIENTATION)
+    if picture.mode.startswith(("I", "F")):  # one channel of 16 or 32 bits
+        pixels = np.asarray(picture)
+        if picture.mode == "I" and getattr(picture, "tag_v2", {SAMPLE_FORMAT: 2}).get(SAMPLE_FORMAT, 1) in {1, (1,)}:
+            pixels = pixels.view(np.uint32)  # a TIFF's, whose highest bit Pillow takes for a sign
+        picture = Image.fromarray(to_bytes(pixels))
+    if turn in TURNS:
+        picture = picture.transpose(TURNS[turn])
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """Deeper pixels, (H, W), to bytes by their own range, as files do not tell it.
+
+    The range begins at 0 and ends at 1 (of floats), or at the highest number of 8, 10, 12, 14 or 16 bits, whichever
+    first holds all values; where none does, or all lie within a sixteenth of it, it is from the lowest to the highest.
+    A picture of one value has no range, and is taken for one of 16 bits, or of floats from 0 to 255.
+    """
+    low, high, integer = np.float64(pixels.min()), np.float64(pixels.max()), pixels.dtype.kind in "iu"
+    if not np.isfinite([low, high]).all():
+        raise ValueError("some of its numbers are not finite")
+    if low == high:
+        return (pixels.clip(0, 65535) >> 8 if integer else pixels.clip(0, 255)).astype(np.uint8)
+    bits = next((bits for bits in (8, 10, 12, 14, 16) if high < 2 ** bits), 0)
+    top = 1 if high <= 1 and not integer else 2 ** bits - 1
+    if low >= 0 and bits and high - low >= top / 16:
+        if integer:
+            return (pixels >> bits - 8).astype(np.uint8)
+        low, high = np.float64(0), np.float64(top)
+    return ((pixels - low) * (255 / (high - low))).round().astype(np.uint8)
 
 
 def normalize(images: Tensor, device: torch.device) -> Tensor:

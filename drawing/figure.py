@@ -12,7 +12,7 @@ import numpy as np
 from datasets import AnyPicture, picture_suffixes
 from drawing.fonts import font_file
 from drawing.page import PAGES
-from drawing.panels import enlarge, fit, write_gif
+from drawing.panels import DARK, SCALE, enlarge, fit, write_gif
 from models import Caption
 from safety.errors import InputError, UsageError, printable
 from safety.files import atomic_write
@@ -41,7 +41,7 @@ def visualize_att(image_path: AnyPicture, seq: Sequence[int], alphas: Any, rev_w
     words = [printable(rev_word_map[index]) for index in seq]
     rows = math.ceil(len(words) / 5)
     height = 3 * min(picture.height / picture.width, 1.5) + 0.4  # of a row, in inches; a panel is 3 wide
-    figure = Figure(figsize=(15, height * rows), layout="constrained")
+    figure = Figure(figsize=(15, height * rows + 0.4), layout="constrained")
     whole = (0, picture.width, picture.height, 0)  # the weights are stretched over the picture, as the pixels were
     for i, (word, alpha) in enumerate(zip(words, np.asarray(alphas), strict=True), 1):
         axes = figure.add_subplot(rows, 5, i)
@@ -49,8 +49,11 @@ def visualize_att(image_path: AnyPicture, seq: Sequence[int], alphas: Any, rev_w
         font = FontProperties(fname=font_file(word), size=14)
         axes.set_title(word, font=font, parse_math=False)  # a word may hold a $
         if word != "<start>":
-            axes.imshow(enlarge(alpha, size, smooth), alpha=0.8, cmap="Greys_r", extent=whole)
+            lights = enlarge(alpha, size, smooth)
+            shade = (1 - DARK) * (1 - lights / lights.max())  # from 0, not from the lowest: an even gaze looks even
+            axes.imshow(np.zeros_like(shade), alpha=shade, cmap="Greys_r", vmin=0, vmax=1, extent=whole)
         axes.axis("off")
+    figure.supxlabel(SCALE, fontsize=14)
     return figure
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from datasets import AnyPicture
-from drawing.panels import fit, light
+from drawing.panels import SCALE, fit, light
 from models import Caption
 from safety.files import atomic_write
 
@@ -67,6 +67,6 @@ def write_page(path: str | Path, title: str, sections: Mapping[str, Sequence[str
     body = [line for heading, figures in sections.items()
             for line in (f"<h2>{escape(heading)}</h2>" if heading else "", "<section>", *figures, "</section>")]
     page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title), body="\n".join(body), rendering="auto" if smooth else "pixelated")
+        title=escape(title), body="\n".join(body), scale=escape(SCALE), rendering="auto" if smooth else "pixelated")
     with atomic_write(path, "wb") as file:
         file.write(page.encode("utf-8", "replace"))  # a file's name may hold what is no letter

@@ -7,19 +7,19 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from datasets import AnyPicture, open_image, to_rgb
+from datasets import AnyPicture, read_rgb
 from drawing.fonts import font_file
 from models import Caption
 
 DARK = 0.2  # of a pixel's brightness, where the model does not look at all
+SCALE = "Bright is where the model looked: full at a word's highest weight, a fifth where it has none."  # everywhere
 
 
 def fit(image: AnyPicture, size: int) -> Image.Image:
     """A picture in RGB, upright, its longer side this long."""
-    with open_image(image) as picture:
-        picture = to_rgb(picture)
-        scale = size / max(picture.size)
-        return picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.LANCZOS)
+    picture = read_rgb(image)
+    scale = size / max(picture.size)
+    return picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.LANCZOS)
 
 
 def light(alpha: np.ndarray) -> Image.Image:
@@ -68,9 +68,18 @@ def write_gif(file: IO[bytes], image: AnyPicture, caption: Caption, smooth: bool
     """The gaze moves word by word: the picture alone, a frame for each word, and the picture with all that was said."""
     picture, words = fit(image, 400), caption.words
     looks = [panel(picture, words, i, alpha, smooth) for i, alpha in enumerate(caption.alphas)]
-    first, last = panel(picture, words, -1), panel(picture, words)
-    first.save(file, "GIF", save_all=True, append_images=[*looks, last], loop=0,
+    frames = [panel(picture, words, -1), *looks, panel(picture, words)]
+    note = panel(Image.new("RGB", (frames[0].width, 1), "white"), SCALE.split(), -1)  # pale
+    first, *others = (stacked(frame, note) for frame in frames)
+    first.save(file, "GIF", save_all=True, append_images=others, loop=0,
                duration=[1000, *[700] * len(looks), 2000])  # milliseconds
+
+
+def stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (upper.width, upper.height + lower.height))
+    both.paste(upper, (0, 0))
+    both.paste(lower, (0, upper.height))
+    return both
 
 
 def draw_sheet(images: Sequence[Image.Image], captions: Sequence[Caption], title: str) -> Image.Image:

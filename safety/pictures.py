@@ -54,12 +54,28 @@ def spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def unreadable_error(unreadable: Sequence[tuple[Path, InputError]]) -> InputError:
-    """What to say of several pictures that `read_image` refused: all of the first, and the names of a few more."""
-    (_, first), *others = unreadable
-    names = ", ".join(str(path) for path, _ in others[:5])
-    return InputError(f"{first} (and {len(others)} more: {names}{', ...' if others[5:] else ''})" if others else
-                      str(first))
+def counted(paths: Sequence[Path], what: str) -> str:
+    """"3 pictures WHAT: " and their names, of many the first ones."""
+    return (f"{len(paths)} picture{'s' * (len(paths) > 1)} {what}: {', '.join(map(str, paths[:5]))}"
+            f"{', ...' * (len(paths) > 5)}")
+
+
+def unreadable_error(unreadable: Sequence[tuple[Path, InputError]], others_exist: bool) -> InputError:
+    """What to say of pictures that `read_image` refused: all of the first, the names of a few more, and the flag that
+    leaves them out where others exist."""
+    (_, first), *more = unreadable
+    names = f" (and {len(more)} more: {', '.join(str(path) for path, _ in more[:5])}{', ...' * (len(more) > 5)})"
+    flag = "; --skip_unreadable leaves out what cannot be read"
+    return InputError(f"{first}{names if more else ''}{flag if others_exist else ''}")
+
+
+def is_one_colour(pixels: np.ndarray) -> bool:
+    """Whether a picture (3, 256, 256) is of one colour, or nearly so: nothing is to be seen in it.
+
+    Within a sixteenth of the range is, for instance, what Pillow leaves of 12 bits stored as 16 in each of three
+    channels.
+    """
+    return int(np.ptp(pixels, axis=(1, 2)).max()) < 16
 
 
 def check_pixels(images: Sequence[np.ndarray], where: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ class Stopped(KeyboardInterrupt):
 @contextmanager
 def handle_signals(handler: Callable[[int], None]) -> Iterator[None]:
     """Within it the first SIGINT or SIGTERM goes to the handler, and into SIGNALS; a second one ends the process at
-    once."""
+    once. In a thread it does nothing: signals come to a process's main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     since: list[float] = []
     owner = os.getpid()
 

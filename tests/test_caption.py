@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,91 @@ def test_a_picture_may_be_a_file_or_in_memory(model, pictures, tmp_path):
                 assert np.array_equal(one.sequence_alphas, other.sequence_alphas)
 
 
+def test_one_picture_is_a_list_of_one(model, pictures):
+    """And any iterable is a list of many."""
+    with Image.open(pictures[1]) as opened:
+        array = np.array(opened.convert("RGB"))
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    [[expected]] = caption_images(model.captioner, [pictures[1]], SEARCH)
+    for one in (pictures[1], str(pictures[1]), Image.fromarray(array), array, tensor):
+        [[found]] = caption_images(model.captioner, one, SEARCH)
+        assert found.sequence == expected.sequence
+    for many in (tuple(pictures), iter(pictures), dict.fromkeys(pictures).keys()):
+        assert len(caption_images(model.captioner, many, SEARCH)) == len(pictures)
+
+
+@pytest.mark.parametrize("image, name", [
+    (b"GIF87a", "bytes"), (bytearray(9), "bytearray"), (None, "NoneType"), (7, "int"), ({"image": "x.png"}, "dict"),
+    (["x.png", None], "NoneType"), ([["x.png"]], "list"), ([b"x.png"], "bytes"), (open, "builtin_function_or_method")])
+def test_what_is_no_picture_is_named_by_its_type(image, name, model):
+    with refused(f"{name}: no picture", "(H, W, 3)", "(3, H, W)"):
+        caption_images(model.captioner, image, SEARCH, skip_unreadable=True)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (40, 30, 4), (2, 2, 2, 2, 2), ()])
+def test_an_array_of_another_shape_is_not_printed(shape, model):
+    with refused("a picture given as ndarray", f"its shape is {shape}") as _:
+        caption_images(model.captioner, np.zeros(shape, np.uint8), SEARCH)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"beam_size": 0}, "beam_size=0: a whole number of 1 or more"), ({"max_len": 0}, "max_len=0: a whole number"),
+    ({"n_best": 0}, "n_best=0: a whole number"), ({"beam_size": 2.0}, "beam_size=2.0: a whole number"),
+    ({"beam_size": "5"}, "beam_size=str: a whole number"), ({"max_len": None}, "max_len=NoneType: a whole number"),
+    ({"beam_size": np.zeros((99, 99))}, "beam_size=ndarray: a whole number"),
+    ({"n_best": 4}, "--n_best 4: a beam of 3 finds no more than that"),
+    ({"length_penalty": -0.1}, "length_penalty: a number from 0 to 2"),
+    ({"length_penalty": math.nan}, "length_penalty: a number from 0 to 2"),
+    ({"length_penalty": "1"}, "length_penalty: a number from 0 to 2"),
+    ({"length_penalty": 1, "consensus": True}, "--length_penalty and --consensus are two ways"),
+    ({"forbidden": ["red", "grene", 7]}, "forbidden 'grene', 7: not among the model's"),
+    ({"forbidden": "grene"}, "forbidden 'grene': not among the model's")])
+def test_settings_are_checked_as_flags_are(settings, message, model, pictures):
+    with refused(message):
+        caption_images(model.captioner, pictures[:1], SEARCH, **settings)
+    with refused(message):
+        features = torch.zeros(1, 3, 3, model.encoder.encoder_dim)
+        caption.beam_search(model.decoder, features, model.words, SEARCH._replace(**settings))
+
+
+def test_a_batch_is_of_one_picture_at_least(model, pictures):
+    with refused("batch_size=0: a whole number of 1 or more"):
+        caption_images(model.captioner, pictures, SEARCH, batch_size=0)
+
+
+def test_words_can_be_forbidden(model, pictures):
+    [[before]] = caption_images(model.captioner, pictures[1], SEARCH)
+    word = before.words[0]
+    for forbidden in ((*Search().forbidden, word), {*Search().forbidden, word}):
+        [found] = caption_images(model.captioner, pictures[1], SEARCH, n_best=3, forbidden=forbidden)
+        assert all(each.words and word not in each.words for each in found)
+    [[without]] = caption_images(model.captioner, pictures[1], SEARCH, forbidden=word)
+    assert word not in without.words
+
+
+def test_one_bad_file_of_many_gives_none_in_its_place(model, pictures, tmp_path):
+    (tmp_path / "bad.png").write_bytes(pictures[0].read_bytes()[:200])
+    first = np.array(Image.open(pictures[0]).convert("RGB"))
+    images = [first, tmp_path / "bad.png", str(tmp_path / "missing.png"), pictures[1]]
+    expected = caption_images(model.captioner, pictures[:2], SEARCH)
+    for batch_size in (1, 2, 16):
+        first, *nothing, last = caption_images(model.captioner, images, SEARCH, batch_size, skip_unreadable=True)
+        assert nothing == [None, None]
+        assert [each[0].sequence for each in (first, last)] == [each[0].sequence for each in expected]
+    assert caption_images(model.captioner, images[1], skip_unreadable=True) == [None]
+    with refused(str(tmp_path / "bad.png"), "cannot be read"):
+        caption_images(model.captioner, images, SEARCH)
+    with refused("float32, and not uint8"):  # a mistake of the program, and not of a file
+        caption_images(model.captioner, np.zeros((1, 9, 9, 3), np.float32), skip_unreadable=True)
+
+
+def test_threads_caption_beside_each_other(model, pictures):
+    expected = [each.sequence for [each] in caption_images(model.captioner, pictures, SEARCH)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda path: caption_images(model.captioner, path, SEARCH)[0][0].sequence, pictures * 4))
+    assert found == expected * 4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "bool"])
 def test_numbers_that_are_no_bytes_are_refused(dtype, model):
     """From 0 to 1 or from 0 to 255? A guess would give captions of black pictures."""
@@ -223,7 +309,7 @@ def test_numbers_that_are_no_bytes_are_refused(dtype, model):
 def test_arrays_and_tensors_have_their_own_layouts(model):
     """Colours last in an array, first in a tensor: the other way round is refused."""
     array = np.zeros((40, 30, 3), np.uint8)
-    for image in (array.transpose(2, 0, 1), torch.from_numpy(array), array[None]):
+    for image in (array.transpose(2, 0, 1), torch.from_numpy(array), array[None]):  # within a list
         with refused(f"a picture given as {type(image).__name__}: this picture cannot be read"):
             caption_images(model.captioner, [image], SEARCH)
 
@@ -337,16 +423,35 @@ def test_an_unreadable_picture_is_named_when_the_others_have_their_captions(run,
     for broken in pictures[:2]:
         broken.write_bytes(broken.read_bytes()[:200])
     capsys.readouterr()
-    with refused(f"{pictures[0]}: this picture cannot be read", f"(and 1 more: {pictures[1]})"):
+    with refused(f"{pictures[0]}: this picture cannot be read", f"(and 1 more: {pictures[1]})", "; --skip_unreadable"):
         run("--img", *pictures, "--batch_size", "2", "--json", "all.json", "--out", "figures")
     assert json.loads(Path("all.json").read_text()) == expected
     assert len(list(Path("figures").iterdir())) == len(expected) == len(pictures) - 2
 
 
+def test_unreadable_pictures_can_be_left_out(run, pictures, capsys):
+    """Without a failure, but not without a word."""
+    expected = run("--img", *pictures[2:])
+    for broken in pictures[:2]:
+        broken.write_bytes(broken.read_bytes()[:200])
+    capsys.readouterr()
+    assert run("--img", *pictures, "--skip_unreadable", "--json", "all.json") == expected
+    assert json.loads(Path("all.json").read_text()) == expected
+    assert f"2 pictures left out, which cannot be read: {pictures[0]}, {pictures[1]}\n" in capsys.readouterr().err
+
+
+def test_a_picture_of_one_colour_is_captioned_with_a_warning(run, pictures, command, checkpoint):
+    Image.new("RGB", (30, 40), "black").save("black.png")
+    flags = ["--model", checkpoint, "--max_len", 3, "--device", "cpu", "--json"]
+    assert command(caption, "--img", "black.png", *pictures[:1], *flags) == (
+        0, "warning: black.png is of one colour; what is said of it means nothing\n")
+
+
 def test_where_no_picture_can_be_read_nothing_is_written(run, pictures):
     pictures[0].write_bytes(b"")
-    with refused(f"{pictures[0]}: this picture cannot be read"):
-        run("--img", pictures[0], "--json", "all.json", "--out", "page.html")
+    for flags in ([], ["--skip_unreadable"]):
+        with refused(f"{pictures[0]}: this picture cannot be read"):
+            run("--img", pictures[0], "--json", "all.json", "--out", "page.html", *flags)
     assert not Path("all.json").exists() and not Path("page.html").exists()
 
 

@@ -360,8 +360,48 @@ def test_all_unreadable_pictures_are_named_together(tmp_path):
     for name in ("9.png", "11.png", "19.png"):
         (tmp_path / name).write_bytes(b"damaged")
     with refused(f"{tmp_path / '9.png'}: this picture cannot be read",
-                 f"(and 2 more: {tmp_path / '11.png'}, {tmp_path / '19.png'})"):
+                 f"(and 2 more: {tmp_path / '11.png'}, {tmp_path / '19.png'})", "; --skip_unreadable leaves out"):
         prepare(source, workers=2)
+    assert listing(tmp_path / "out") == []
+
+
+def test_unreadable_pictures_can_be_left_out(tmp_path, capsys):
+    """Counted and named; the rest is as if the captions' file had not held them, but for the words."""
+    images = [image(f"{i}.png", ("train", "val", "test")[i % 3], f"a picture {i}", "noise") for i in range(24)]
+    source = write_set(tmp_path, images)
+    for name in ("9.png", "12.png", "13.png"):
+        (tmp_path / name).write_bytes(b"damaged")
+    written = prepare(source, workers=2, skip_unreadable=True)
+    said = capsys.readouterr().out
+    assert f"TRAIN: 2 pictures left out, which cannot be read: {tmp_path / '9.png'}, {tmp_path / '12.png'}\n" in said
+    assert f"VAL: 1 picture left out, which cannot be read: {tmp_path / '13.png'}\n" in said
+    assert "TRAIN: 6 pictures, 12 captions\nVAL: 7 pictures, 14 captions\nTEST: 8 pictures, 16 captions\n" in said
+    words = load(written, "WORDMAP")
+    assert "13" in words
+    source.write_text(json.dumps({"images": [each for i, each in enumerate(images) if i not in {9, 12, 13}]}))
+    without = prepare(source, out="without")
+    reverse = {index: word for word, index in words.items()}
+    for split in SPLITS:
+        assert load(written, f"{split}_CAPLENS") == load(without, f"{split}_CAPLENS")
+        assert load(written, f"{split}_REFERENCES") == load(without, f"{split}_REFERENCES")
+        other = {index: word for word, index in load(without, "WORDMAP").items()}
+        assert [[reverse[i] for i in row] for row in load(written, f"{split}_CAPTIONS")] == [
+            [other[i] for i in row] for row in load(without, f"{split}_CAPTIONS")]
+        one, two = (CaptionDataset(*each, split) for each in (written, without))
+        assert np.array_equal(one.images[:], two.images[:]) and len(one.image_ids) == len(two.image_ids)
+    assert one.image_ids == list(range(2, 24, 3))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_of_a_split_something_must_remain(tmp_path, split):
+    """Else the flag would leave a set without validation, say; and it is not named as a remedy."""
+    source = write_set(tmp_path, [*few(), image("x.png", split, "a"), image("y.png", "test", "a")])
+    for i in range(3 if split == "train" else 0):
+        (tmp_path / f"{i}.png").write_bytes(b"damaged")
+    (tmp_path / "x.png").write_bytes(b"damaged")
+    with pytest.raises(InputError) as caught:
+        prepare(source, skip_unreadable=True)
+    assert str(tmp_path / "x.png") in str(caught.value) and "--skip_unreadable" not in str(caught.value)
     assert listing(tmp_path / "out") == []
 
 
@@ -407,11 +447,14 @@ def test_near_black_and_near_constant_pictures_stop_it(tmp_path, pixels, measure
     assert listing(tmp_path / "out") == []
 
 
-def test_a_few_dark_pictures_among_good_ones_are_fine(tmp_path):
+def test_a_few_dark_pictures_among_good_ones_are_fine(tmp_path, capsys):
+    """But they are counted, and named."""
     for i in range(4):
         draw(tmp_path / f"{i}.png", CHECKS * i)
     folder, base = prepare(write_set(tmp_path, few(10)))
     assert CaptionDataset(folder, base, "TRAIN").n_images == 10
+    names = ", ".join(str(tmp_path / f"{i}.png") for i in range(4))
+    assert f"TRAIN: 4 pictures of one colour; look at them: {names}\n" in capsys.readouterr().out
 
 
 # ---- tables of one's own ---------------------------------------------------------------------------------------------

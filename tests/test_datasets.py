@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from caption import Captioner
 from datasets import (
+    SAMPLE_FORMAT,
     CaptionDataset,
     EpochSampler,
     Pictures,
@@ -38,7 +39,7 @@ from datasets import (
 )
 from models import DecoderWithAttention, Encoder
 from safety.errors import InputError
-from safety.pictures import check_pixels
+from safety.pictures import check_pixels, is_one_colour
 from training import features as features_module
 from training.features import Features, keep_features
 from utils import World, autocast
@@ -102,6 +103,78 @@ def test_every_mode_becomes_its_colour(tmp_path, picture, suffix, options, color
     pixels = read_image(save(tmp_path / f"x.{suffix}", picture, **options))
     assert (pixels.shape, pixels.dtype) == ((3, 256, 256), np.uint8)
     assert np.abs(pixels.astype(int) - np.reshape(color, (3, 1, 1))).max() <= (picture.mode in ("CMYK", "LAB"))
+
+
+PHOTO = np.asarray(Image.linear_gradient("L")).astype(float)                    # 0 to 255, all of them
+DEEP = {
+    "floats to 1": (PHOTO / 255, "f4"), "floats from -1": (PHOTO / 127.5 - 1, "f4"), "floats to 255": (PHOTO, "f4"),
+    "floats to 65535": (PHOTO * 257, "f4"), "floats of 12 bits": (PHOTO * 16, "f4"),
+    "floats to 1e9": (PHOTO * 4e6, "f4"),
+    "floats a little beyond 0 and 1": (PHOTO / 250 - 0.01, "f4"), "floats to 1e-6": (PHOTO / 255e6, "f4"),
+    "kelvins": (273 + PHOTO / 10, "f4"), "a hole of -3e38": (None, "f4"),
+    "8 bits in 16": (PHOTO, "u2"), "10 bits in 16": (PHOTO * 4, "u2"), "12 bits in 16": (PHOTO * 16, "u2"),
+    "14 bits in 16": (PHOTO * 64, "u2"), "16 bits": (PHOTO * 257, "u2"), "12 bits, big end first": (PHOTO * 16, ">u2"),
+    "a narrow part of 16 bits": (29_000 + PHOTO * 4, "u2"), "Hounsfield's": (PHOTO * 16 - 1024, "i4"),
+    "8 bits in 32": (PHOTO, "i4"), "16 bits in 32": (PHOTO * 257, "i4"), "24 bits in 32": (PHOTO * 65793, "i4"),
+    "32 bits": (PHOTO * 2 ** 23, "i4"), "32 bits around 0": ((PHOTO - 128) * 2 ** 24, "i4"),
+    "a mask of 0 and 1": (None, "u2"),
+}
+
+
+@pytest.mark.parametrize("values, kind", DEEP.values(), ids=DEEP)
+def test_deeper_pictures_are_brought_to_bytes_by_their_own_range(tmp_path, values, kind):
+    expected = PHOTO
+    if values is None and kind == "u2":
+        values, expected = PHOTO > 127, (PHOTO > 127) * 255.0
+    elif values is None:
+        values, expected = np.where(PHOTO < 1, -3e38, PHOTO), np.where(PHOTO < 1, 0, 255)
+    picture = Image.fromarray(values.astype(kind))
+    for each in (picture, save(tmp_path / "x.tiff", picture)):
+        assert np.abs(read_image(each).astype(float) - expected).max() <= 1
+
+
+PARTS = {"0 to 1": (1 / 510, "f4"), "8 bits": (1 / 2, "u2"), "12 bits": (8, "u2"), "16 bits": (128, "i4")}
+
+
+@pytest.mark.parametrize("scale, kind", PARTS.values(), ids=PARTS)
+def test_a_darker_picture_stays_darker(tmp_path, scale, kind):
+    """One that fills half of its range is not stretched."""
+    picture = Image.fromarray(((PHOTO + 50) * scale).astype(kind))
+    assert np.abs(read_image(picture).astype(float) - (PHOTO + 50) / 2).max() <= 1
+
+
+def test_numbers_without_a_sign_keep_their_highest_bit(tmp_path):
+    """Pillow has no mode for 32 bits without a sign, and so a TIFF's brightest pixels are negative."""
+    picture = Image.fromarray((PHOTO * 2 ** 23).astype("i4"))
+    file = save(tmp_path / "x.tiff", picture).read_bytes()
+    signed, unsigned = (struct.pack("<HHII", SAMPLE_FORMAT, 3, 1, kind) for kind in (2, 1))
+    path, pixels = tmp_path / "unsigned.tiff", (PHOTO * 2 ** 24).astype("<u4").tobytes()
+    path.write_bytes(file.replace(signed, unsigned).replace(picture.tobytes(), pixels))
+    with Image.open(path) as opened:
+        assert opened.getextrema()[0] < 0, "the test is real"
+    assert np.abs(read_image(path).astype(float) - PHOTO).max() <= 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
+    path = save(tmp_path / "x.tiff", Image.fromarray(np.where(PHOTO > 254, value, PHOTO).astype(np.float32)))
+    with refused(str(path), "cannot be read", "some of its numbers are not finite"):
+        read_image(path)
+
+
+def test_16_bits_that_are_full_lose_the_lower_8(tmp_path):
+    """As ever: nothing is rounded or stretched."""
+    values = np.random.default_rng(0).integers(0, 65536, (256, 256), dtype=np.uint16)
+    assert np.array_equal(read_image(save(tmp_path / "x.png", Image.fromarray(values)))[0], values >> 8)
+
+
+@pytest.mark.parametrize("spread, found", [(0, True), (15, True), (16, False), (255, False)])
+def test_a_picture_of_one_colour_is_known(spread, found):
+    pixels = np.full((3, 256, 256), 9, np.uint8)
+    pixels[1] = 200  # one colour may have any three values
+    pixels[2, 7, 7] = 9 + spread if spread < 200 else 255
+    pixels[2, 8, 8] = pixels[2, 7, 7] - spread
+    assert is_one_colour(pixels) is found
 
 
 def test_a_palette_with_clear_colours_is_on_white():

@@ -23,7 +23,7 @@ from PIL import Image
 
 from caption import visualize_att
 from drawing.page import html_figure, write_page
-from drawing.panels import draw_sheet, fit, panel, write_gif
+from drawing.panels import SCALE, draw_sheet, fit, panel, write_gif
 from models import Caption
 
 DRIVER = shutil.which("chromedriver") if shutil.which("chromium") or shutil.which("google-chrome") else None
@@ -85,6 +85,40 @@ def test_a_panel_is_lit_where_the_model_looks(smooth: bool) -> None:
     assert (len(set(np.asarray(drawn).ravel())) == 2) != smooth
     uniform = panel(grey(240, 160), ["a"], 0, np.full((4, 4), 1 / 16)).crop((0, 0, 240, 160))
     assert np.ptp(np.asarray(uniform)) == 0, "a gaze that is everywhere darkens nothing"
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
+def test_figure_and_panel_have_one_scale(smooth: bool, spread: float) -> None:
+    """Of the same gaze the .png is as sharp as the .gif: both begin at 0, not at the lowest weight."""
+    alpha = 1 - spread * (np.indices((4, 4)).sum(0) / 6) ** 0.5
+    figure = visualize_att(grey(240, 240), [0, 1], [alpha, alpha / alpha.sum()], {0: "<start>", 1: "a"}, smooth)
+    shade = figure.axes[1].images[1]
+    assert np.ptp(shade.get_array()) == 0 and shade.cmap(shade.norm(0.0))[:3] == (0, 0, 0), "black, more or less opaque"
+    in_figure = 200 * (1 - np.asarray(shade.get_alpha()))
+    in_panel = np.asarray(panel(grey(240, 240), ["a"], 0, alpha, smooth).convert("L"))[:240, :240]
+    middles = [(2 * i + 1) * 240 // 8 for i in range(4)], [(2 * i + 1) * len(in_figure) // 8 for i in range(4)]
+    one, other = (each[np.ix_(at, at)].astype(float) for each, at in zip((in_panel, in_figure), middles, strict=True))
+    assert np.abs(one - other).max() < (20 if smooth else 2)  # a Gaussian, as in the original, and a bicubic filter
+    assert (np.ptp(in_figure) < 1) == (spread == 0), "an even gaze is even"
+    if spread == 0.1:
+        assert np.ptp(in_figure) < 20
+
+
+def test_the_scale_is_said_with_each_picture(tmp_path: Path) -> None:
+    figure = visualize_att(grey(90, 60), [0, 1], np.ones((2, 4, 4)), {0: "<start>", 1: "a"})
+    assert figure.get_supxlabel() == SCALE
+    write_page(tmp_path / "page.html", "x", {"": []})
+    assert SCALE in Page(tmp_path / "page.html").text["p"][0]
+    with open(tmp_path / "x.gif", "wb") as file:
+        write_gif(file, grey(300, 150), gaze("a"))
+    bare = panel(fit(grey(300, 150), 400), ["a"])
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.n_frames == 3
+        for i in range(3):
+            gif.seek(i)
+            below = np.asarray(gif.convert("L"))[bare.height:]
+            assert below.max() == 255 and 500 < (below < 220).sum() < below.size / 4, "pale letters"
 
 
 def test_a_gif_goes_through_the_words(tmp_path: Path) -> None:
@@ -412,6 +446,26 @@ def test_a_page_fits_a_phone_and_the_dark(browser: Browser, tmp_path: Path) -> N
         assert np.allclose(of_figure, of_figure[0], atol=0.5), "weights lie on their photograph"
     browser.post("/goog/cdp/execute", cmd="Emulation.clearDeviceMetricsOverride", params={})
     browser.post("/goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params={"features": []})
+
+
+@pytest.mark.parametrize("size", [(300, 400), (300, 533), (400, 300), (300, 300)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_sentence_is_in_sight_of_its_photograph(size: tuple[int, int], count: int, browser: Browser,
+                                                  tmp_path: Path) -> None:
+    """Both whole, on a small laptop, without scrolling; a portrait has it at its side where there is room."""
+    figures = [html_figure(grey(*size), "x.jpg", [gaze("a man in a red coat is looking through a camera")])] * count
+    write_page(tmp_path / "page.html", "x", {"": figures})
+    screen = {"width": 1280, "height": 720, "deviceScaleFactor": 1, "mobile": False}
+    browser.post("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=screen)
+    browser.post("/url", url=(tmp_path / "page.html").as_uri())
+    photo, sentence = (browser.run(f"(box => [box.left, box.top, box.right, box.bottom])"
+                                   f"(document.querySelector('{each}').getBoundingClientRect())")
+                       for each in (".photo", ".caption"))
+    assert max(photo[3], sentence[3]) <= 720 and photo[3] - photo[1] > 200
+    beside = sentence[0] >= photo[2] and sentence[1] < photo[3]
+    assert beside == (count == 1 and size != (400, 300))
+    assert beside or sentence[1] >= photo[3]
+    browser.post("/goog/cdp/execute", cmd="Emulation.clearDeviceMetricsOverride", params={})
 
 
 def test_a_hostile_page_runs_nothing(browser: Browser, tmp_path: Path) -> None:

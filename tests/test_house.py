@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).parent.parent
 READING_ORDER = ["models", "datasets", "caption", "eval", "train"]
 SCRIPTS = [*READING_ORDER, "create_input_files", "utils"]
 FOLDERS = ["safety", "preparing", "training", "drawing"]
-GUESTS = ["demo", "benchmarks", "img", "tests"]
+GUESTS = ["show_attend_tell", "demo", "benchmarks", "img", "tests"]
 # What a file may import of ours, beside its own folder.
 ALLOWED = {
     "models": set(), "safety": {"models"}, "utils": {"safety"}, "datasets": {"models", "safety", "utils"},

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,13 @@ def test_both_stages_leave_log_curves_and_checkpoints(prepared: Prepared, straig
         f"{prefix}{prepared.name}{suffix}" for prefix, suffix in (
             ("checkpoint_", ".pth.tar"), ("BEST_checkpoint_", ".pth.tar"), ("log_", ".jsonl"), ("curves_", ".png"),
             ("gaze_", ".png")))
+
+
+def test_a_thread_can_train(prepared: Prepared, tmp_path: Path) -> None:
+    """As a notebook or a server may; only the main thread can be sent signals."""
+    with ThreadPoolExecutor(1) as pool:
+        [row] = pool.submit(run, prepared, tmp_path, "--stage", 1, "--epochs", 1).result()
+    assert row["epoch"] == 1 and load(tmp_path, prepared)["training"]["epoch"] == 1
 
 
 def test_the_gaze_is_drawn_after_each_epoch(prepared: Prepared, tmp_path: Path,
