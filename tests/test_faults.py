@@ -196,6 +196,22 @@ def test_a_run_killed_at_any_time_is_the_run_left_alone(server: Any, folders: li
     assert leftovers(folder / "data", folder / "out") == []
 
 
+def test_a_run_in_float16_that_is_killed_is_the_run_left_alone(server: Any, prepared: Prepared,
+                                                               tmp_path: Path) -> None:
+    """With batches of like length: what scales its loss, and the order of its captions, are where they were."""
+    both = []
+    shutil.copytree(prepared.folder, tmp_path / "data")
+    for name, faults in (("alone", []), ("killed", [("train.train_step", 3), ("train.train_step", 4)])):
+        arguments = kept_flags(prepared, tmp_path, "--output_folder", tmp_path / name, "--precision", "float16",
+                               "--bucket", "--checkpoint_minutes", 0, "--stage", 1)
+        for fault in (*faults, None):
+            process = start(server, "train", [*arguments, *resume_flags(tmp_path / name, prepared)],
+                            tmp_path / f"{name}.txt", *[fault] * bool(fault))
+            assert finish(process) == (-signal.SIGKILL if fault else 0), (tmp_path / f"{name}.txt").read_text()
+        both.append(tmp_path / name)
+    assert_same_files(*both, prepared)
+
+
 PREPARING = [("create_input_files.write_json", 3), ("create_input_files.write_images", 2), None, None,
              ("preparing.pixels.check_pixels", 3), ("Path.replace", 1), ("Path.replace", 3), ("Path.replace", 5)]
 

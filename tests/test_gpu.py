@@ -1,6 +1,7 @@
 """What a GPU would see, on a feigned one: nothing is left on the CPU by mistake, and no step waits for the GPU."""
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import Prepared
 from feigned_gpu import GPU, feigned_gpu
-from test_train import flags
+from test_train import flags, setting_of
 
 import eval as evaluation
 import train
@@ -46,6 +47,27 @@ def test_the_scripts_do_on_a_gpu_what_they_do_on_a_cpu(prepared: Prepared, tmp_p
                                "save", "save_checkpoint", "main", "validate", "predicted_words", "beam_search",
                                "hypotheses_at"}
     assert seen.waits["look_at_losses"] == 2 * 2  # at the first step and at the last
+
+
+@pytest.mark.parametrize("free", [10 ** 9, 10 ** 5], ids=["on the card", "on disk"])
+def test_kept_features_are_looked_up_on_the_card_where_they_fit(prepared: Prepared, tmp_path, monkeypatch, free):
+    own = Path(shutil.copytree(prepared.folder, tmp_path / "data"))
+    setting = setting_of(prepared._replace(folder=own), tmp_path)
+    training = train.build_training(setting, 1, None)
+    train.keep_features(setting.train, training.captioner, 0, show=False)
+    on_disk = torch.stack([setting.train.picture(i) for i in (3, 0, 3)])
+    assert on_disk.dim() == 4 and setting.train.look_up(on_disk) is on_disk
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10 ** 9))
+    with feigned_gpu() as seen:
+        setting.train.features.copy_to(GPU)
+        items = torch.stack([setting.train.picture(i) for i in (3, 0, 3)])
+        assert (items.tolist() == [3, 0, 3]) == (free > 10 ** 6)
+        before = seen.waits.total()
+        features = setting.train.look_up(items)
+        assert seen.waits.total() == before
+        assert torch.equal(features.cpu(), on_disk) and (features.device == GPU) == (free > 10 ** 6)
+        worker = pickle.loads(pickle.dumps(setting.train))
+        assert torch.equal(worker.picture(3), items[0])
 
 
 def test_the_feigned_gpu_is_strict():

@@ -245,6 +245,36 @@ def test_the_tuned_recipe_resumed_is_the_run_left_alone(prepared: Prepared, tmp_
     assert_same_run(load(tmp_path / "stopped", prepared), load(tmp_path / "alone", prepared))
 
 
+def test_float16_learns_what_float32_does_and_its_checkpoint_loads_anywhere(prepared: Prepared, straight: Path,
+                                                                             tmp_path: Path) -> None:
+    """In stage 1 alone: a CPU takes long for a convolution's gradients in float16."""
+    rows = run(prepared, tmp_path, "--precision", "float16", "--stage", 1)
+    expected = load(straight, prepared)["training"]["log"][:2]
+    for name in ("train_loss", "val_loss"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=0.01), name
+    assert load(straight, prepared)["training"]["scaler"] == {}
+    state, path = load(tmp_path, prepared), tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+    assert state["training"]["scaler"]["scale"] == 2 ** 16 and state["training"]["scaler"]["_growth_tracker"] == 8
+    assert {each.dtype for part in ("encoder", "decoder") for each in state[part].values()
+            if each.is_floating_point()} == {torch.float32}
+    picture = sorted(prepared.pictures.iterdir())[0]
+    assert len(caption.caption_images(caption.load(path, device="cpu"), [picture])) == 1
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 3, "--checkpoint", path)  # in float32 again
+    assert not same(load(tmp_path, prepared)["decoder"], state["decoder"])
+
+
+def test_a_step_with_an_infinite_gradient_is_left_out_in_float16(prepared: Prepared, tmp_path: Path) -> None:
+    """The loss is multiplied by less from then on, and the weights stay as they were."""
+    setting = setting_of(prepared, tmp_path)._replace(precision="float16")
+    training = train.build_training(setting, 1, None)
+    training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0 ** 127})
+    before = copy.deepcopy(training.captioner.decoder.state_dict())
+    batch = next(iter(DataLoader(Pictures(setting.train), 4)))
+    assert train.train_step(setting, training, batch).isfinite().all()
+    assert same(dict(training.captioner.decoder.state_dict()), dict(before))
+    assert training.scaler.get_scale() == 2.0 ** 126
+
+
 def test_a_recipe_is_a_file_of_flags(tmp_path: Path) -> None:
     (tmp_path / "recipe.txt").write_text("# why\n--schedule cosine --augment  # both\n\n--epochs 3 4\n")
     args = train.get_parser().parse_args([f"@{tmp_path / 'recipe.txt'}", "--epochs", "5"])

@@ -24,9 +24,9 @@ from utils import World, broadcast, gather
 
 LOCK_SECONDS = 10  # to wait until another run leaves the folder
 # Flags that may change without a word: they do not change what is learned, or (the model's) the checkpoint has them.
-FREE_TO_CHANGE = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "stage",
-                  "print_freq", "epochs", "decoder", "encoder", "encoder_weights", "encoded_image_size", "embeddings",
-                  "emb_dim", "attention_dim", "decoder_dim"}
+FREE_TO_CHANGE = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "compile",
+                  "stage", "print_freq", "epochs", "decoder", "encoder", "encoder_weights", "encoded_image_size",
+                  "embeddings", "emb_dim", "attention_dim", "decoder_dim"}
 
 
 class OutputFiles(NamedTuple):
@@ -152,7 +152,7 @@ def resume_command(args: argparse.Namespace) -> str:
 
 def read_checkpoint(path: str | Path, word_map: dict[str, int], world: World) -> dict[str, Any]:
     """A checkpoint, read by rank 0 for all (other nodes need not see the file)."""
-    state = broadcast(load_checkpoint(path, word_map) if world.rank == 0 else None, world)
+    state = broadcast(load_checkpoint(path, word_map, mapped=False) if world.rank == 0 else None, world)
     if state["word_map"] != word_map:
         raise InputError(f"{path} was trained with {len(state['word_map'])} words, the data have {len(word_map)}, "
                          "or others in another order; train on the data that it was made for")
@@ -219,7 +219,7 @@ def check_resume(start: dict[str, Any], args: argparse.Namespace, world: World) 
 def batches_of(args: dict[str, Any], stage: int, processes: int) -> dict[str, Any]:
     """What decides which captions the n-th batch of an epoch holds."""
     return {"--batch_size": for_stage(args["batch_size"], stage), "--whole_images": args["whole_images"],
-            "--seed": args["seed"], "processes": processes}
+            "--bucket": args.get("bucket", False), "--seed": args["seed"], "processes": processes}
 
 
 def check_not_behind(progress: Progress, args: argparse.Namespace) -> None:
