@@ -3,7 +3,8 @@
     python train.py                                        # both stages, on the GPU if there is one
     torchrun --nproc_per_node=8 train.py                   # eight GPUs, and a batch eight times as large
     python train.py @recipes/tuned.txt                     # flags from a file; those after it win
-    python train.py --checkpoint checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar             # resume
+    python train.py --checkpoint auto                      # resumes the run in this folder, or begins one
+    sbatch recipes/slurm.sh                                # two nodes of four GPUs under Slurm
 
 Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint. Ctrl-C
 and SIGTERM save one too, and say how to resume. Started like this, it resumes by itself where a process failed (the
@@ -49,6 +50,7 @@ from training.features import keep_features
 from training.gaze import draw_gaze, shown_pictures
 from training.progress import Progress, Watch, for_stage, mean_loss
 from training.resume import (
+    AUTO,
     OutputFiles,
     claimed_output_folder,
     first_checkpoint,
@@ -435,8 +437,10 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"stage {args.stage} alone does not use {', '.join(names)}")
     word_map = datasets.load_word_map(args.data_folder, args.data_name)
     with claimed_output_folder(args, world) as checkpoint:
-        args.checkpoint = checkpoint  # the one that the flag names, or after a restart by torchrun the run's own
-        args.workers = loader_workers(args.workers, world.device)
+        # The checkpoint that the flag names or stands for, or after a restart by torchrun the run's own. In a copy:
+        # `resume_command` is told of the flags as they were given.
+        args = argparse.Namespace(**{**vars(args), "checkpoint": checkpoint,
+                                     "workers": loader_workers(args.workers, world.device)})
         train, val = (CaptionDataset(args.data_folder, args.data_name, split) for split in ("TRAIN", "VAL"))
         if not (len(train) and len(val)):
             raise InputError(f"{args.data_folder}: the splits TRAIN and VAL need pictures, and one of them has none")
@@ -480,7 +484,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("epochs", "batch_size", "decoder_lr"):
         if len(getattr(args, name)) > 2:
             raise UsageError(f"--{name} takes one number for both stages, or two, one for each")
-    if args.freeze_embeddings and not args.embeddings and not args.checkpoint:
+    if args.freeze_embeddings and not args.embeddings and args.checkpoint in (None, AUTO):  # which may begin anew
         raise UsageError("--freeze_embeddings freezes pretrained embeddings; name their file with --embeddings")
     if (args.embeddings or args.freeze_embeddings) and not hasattr(DECODERS[args.decoder], "fine_tune_embeddings"):
         raise UsageError(f"--embeddings, --freeze_embeddings: the decoder {args.decoder} has no fine_tune_embeddings, "
@@ -526,7 +530,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="batches between two looks at the loss (default: 100)")
     add("--fine_tune_encoder", action="store_const", const="2", dest="stage", default="both",
         help="the same as --stage 2")
-    add("--checkpoint", metavar="FILE", help="resume from here")
+    add("--checkpoint", metavar="FILE|auto",
+        help="resume from here; auto: from the run's own in --output_folder, and begin where there is none")
     add_more_flags(parser)
     return parser
 

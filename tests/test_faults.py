@@ -284,6 +284,24 @@ def test_a_stopped_run_saves_and_says_how_to_resume(server: Any, folders: list[P
         assert_same_files(tmp_path / "out", alone, prepared)
 
 
+def test_one_command_begins_resumes_and_ends_a_run(server: Any, folders: list[Path], alone: Path, prepared: Prepared,
+                                                   tmp_path: Path) -> None:
+    """--checkpoint auto, for who starts it again without looking: stopped, killed, and started after its end."""
+    arguments = flags(prepared, tmp_path / "out", "--data_folder", folders[0] / "data", "--cache_features",
+                      "--checkpoint_minutes", 0, "--checkpoint", "auto")
+    for fault, status in ((("train.train_step", 1, signal.SIGKILL), -signal.SIGKILL),  # before there is a checkpoint
+                          (("train.train_step", 3, signal.SIGTERM), 143), (("train.validate", 1), -signal.SIGKILL),
+                          (("train.run_stage", 2, signal.SIGINT), 130), (("train.train_step", 2), -signal.SIGKILL)):
+        assert finish(start(server, "train", arguments, tmp_path / "output", fault)) == status
+        if status > 0:
+            command = last_line(tmp_path / "output").split("resume it with: ")[1]
+            assert shlex.split(command) == ["train.py", *arguments], "the same"
+    for _ in range(2):
+        assert finish(start(server, "train", arguments, tmp_path / "output")) == 0
+        assert "stage 2 is over, all its epochs are done" in last_line(tmp_path / "output")
+        assert_same_files(tmp_path / "out", alone, prepared)
+
+
 @pytest.mark.parametrize("where", ["datasets.load_word_map", "train.build_training", "training.features.encode"])
 def test_stopped_before_there_is_anything_to_save(server: Any, prepared: Prepared, tmp_path: Path, where: str) -> None:
     shutil.copytree(prepared.folder, tmp_path / "data")
@@ -386,12 +404,13 @@ def two(server: Any, prepared: Prepared, tmp_path_factory: pytest.TempPathFactor
     return folder / "out"
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize(("nodes", "more"), [(1, []), (1, ["--checkpoint", "auto"]), (2, [])])
 def test_torchrun_starts_a_killed_process_again_from_the_last_checkpoint(server: Any, two: Path, prepared: Prepared,
-                                                                         tmp_path: Path, nodes: int) -> None:
+                                                                         tmp_path: Path, nodes: int,
+                                                                         more: list[str]) -> None:
     """The second node's folder holds no checkpoint: the first process's counts."""
     folders = [tmp_path / str(i) for i in range(nodes)]
-    arguments = flags(prepared, Path("out"), "--epochs", 1, "--checkpoint_minutes", 0)
+    arguments = flags(prepared, Path("out"), "--epochs", 1, "--checkpoint_minutes", 0, *more)
     assert torchrun(server, folders, arguments, "train.train_step", 2, restarts=3) == [0] * nodes
     [out] = [folder / "out" for folder in folders if (folder / "out").exists()]
     [output] = [folder / "output0" for folder in folders if (folder / "output0").exists()]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from caption import Captioner
 from datasets import PREPROCESSING, CaptionDataset, Pictures, encode
 from safety.errors import InputError
-from safety.files import lock, naming_write_errors
+from safety.files import lock, naming_write_errors, replace_open
 from safety.signals import ignore_signals
 from utils import PRECISIONS, autocast, progress_bar
 
@@ -141,4 +141,4 @@ def _write_features(features: Features, dataset: CaptionDataset, model: Captione
                 os.fsync(file.fileno())  # what the file's length promises is on the disk
             bar.update(len(pictures))
         bar.close()
-        partial.replace(features.path)
+        replace_open(file, features.path)
