@@ -76,8 +76,9 @@ def keep_freed_memory() -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which matrix products run in bfloat16, or in which nothing changes (float32)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    """The context in which matrix products run in bfloat16 or float16, or in which nothing changes (float32)."""
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def loader_workers(workers: int | None, device: torch.device) -> int:
