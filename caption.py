@@ -21,7 +21,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
     alphas = None                                                               # (N, K, t, P)
     width = torch.full((n, 1), k, device=device)                                # hypotheses that still compete
     active = list(range(n))                                                     # pictures still in the batch
-    found, rev_word_map = [[] for _ in active], reverse(word_map)
+    found, rev_word_map = [], reverse(word_map)                                 # found: what `to_captions` takes
 
     for t in range(search.max_len):
         output, alpha, state = decoder.step(sequences[:, :, -1].flatten(), annotations, state)
@@ -106,34 +106,47 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
 
         growing = (torch.arange(k, device=device) < width) & (total > -torch.inf)   # of the best K, the first `width`
         ended = growing & (word == word_map["<end>"])
-        for i, *hypothesis in hypotheses_at(ended, sequences, log_probs, alphas):
-            found[active[i]].append(to_caption(*hypothesis, rev_word_map, finished=True))
-        width = width - ended.sum(dim=1, keepdim=True)
         growing &= ~ended
+        width = width - ended.sum(dim=1, keepdim=True)
+        fates = torch.stack([ended, growing]).cpu()                             # (2, N, K); a step's one wait for a GPU
+        if fates[0].any():
+            found.append((*hypotheses_at(fates[0], active, sequences, log_probs, alphas), True))
         log_probs[:, :, -1].masked_fill_(~growing, -torch.inf)                  # these have left the beam
-        alive = growing.any(dim=1).nonzero().squeeze(1)                         # pictures whose beam is not empty
+        alive = fates[1].any(dim=1).nonzero().squeeze(1)                        # pictures whose beam is not empty
         if len(alive) < n:
             active, n = [active[i] for i in alive.tolist()], len(alive)
             if n == 0:
                 break
+            alive = alive.to(device, non_blocking=True)
             annotations, alphas = annotations.rows(alive), alphas[alive] if with_alphas else None
             sequences, log_probs, width, growing = (each[alive] for each in (sequences, log_probs, width, growing))
             state = tuple(each.unflatten(0, (-1, k))[alive].flatten(0, 1) for each in state)
-    for i, *hypothesis in hypotheses_at(growing, sequences, log_probs, alphas):  # none, if the loop was left early
-        found[active[i]].append(to_caption(*hypothesis, rev_word_map, finished=False))
+    found.append((*hypotheses_at(growing.cpu(), active, sequences, log_probs, alphas), False))  # none, after a break
+
     start_alphas = alphas[0, 0, :1].cpu().numpy() if with_alphas else None
     fallback = to_caption([word_map["<start>"]], [-math.inf], start_alphas, rev_word_map, finished=False)  # all was NaN
-    return [ranked(captions or [fallback], search)[:search.n_best] for captions in found]
+    return [ranked(captions or [fallback], search)[:search.n_best]
+            for captions in to_captions(found, len(encoder_out), rev_word_map)]
 
 
-def hypotheses_at(which: Tensor, sequences: Tensor, log_probs: Tensor,
-                  alphas: Tensor | None) -> Iterator[tuple[int, list[int], list[float], np.ndarray | None]]:
-    """Those where `which`, (N, K) bool, is True: picture, ids, log-probabilities up to each of them, alphas."""
-    rows = which.nonzero(as_tuple=True)
-    if len(rows[0]) == 0:
-        return iter(())  # nothing to fetch from a GPU
-    looks = [None] * len(rows[0]) if alphas is None else alphas[rows].cpu().numpy()         # (t, P) each
-    return zip(rows[0].tolist(), sequences[rows].tolist(), log_probs[rows].tolist(), looks, strict=True)
+def hypotheses_at(which: Tensor, active: list[int], sequences: Tensor, log_probs: Tensor,
+                  alphas: Tensor | None) -> tuple[list[int], Tensor, Tensor, Tensor | None]:
+    """The H hypotheses where `which`, (N, K) bool on the CPU, is True: their pictures, and still on the device ids
+    (H, t), log-probabilities up to each of them (H, t) and alphas (H, t, P)."""
+    i, j = which.nonzero(as_tuple=True)
+    rows = i.to(sequences.device, non_blocking=True), j.to(sequences.device, non_blocking=True)
+    return ([active[picture] for picture in i.tolist()], sequences[rows], log_probs[rows],
+            None if alphas is None else alphas[rows])
+
+
+def to_captions(found: list[tuple[Any, ...]], n: int, rev_word_map: dict[int, str]) -> list[list[Caption]]:
+    """Those of each of n pictures. Only once the search is over, since this waits for a GPU."""
+    captions: list[list[Caption]] = [[] for _ in range(n)]
+    for pictures, sequences, log_probs, alphas, finished in found:
+        looks = [None] * len(pictures) if alphas is None else alphas.cpu().numpy()          # (t, P) each
+        for picture, *hypothesis in zip(pictures, sequences.tolist(), log_probs.tolist(), looks, strict=True):
+            captions[picture].append(to_caption(*hypothesis, rev_word_map, finished))
+    return captions
 
 
 def to_caption(sequence: list[int], log_probs: list[float], alphas: np.ndarray | None, rev_word_map: dict[int, str],
