@@ -74,14 +74,14 @@ def forward(model: Captioner, prepared: Prepared, device: torch.device, waits: C
     encoder, decoder = (copy.deepcopy(each).to(device) for each in model[:2])
     model = model._replace(encoder=encoder, decoder=decoder)
     train_set, val_set = (CaptionDataset(prepared.folder, prepared.name, split) for split in ("TRAIN", "VAL"))
-    on_device = encode_batch(model, torch.from_numpy(np.array(train_set.images[:4])))
-    features, captions = on_device.cpu().clone(), torch.from_numpy(train_set.captions[:20]).long()
+    images, captions = torch.from_numpy(np.array(train_set.images[:4])), torch.from_numpy(train_set.captions[:20]).long()
+    features = encode_batch(model, images)
 
     torch.manual_seed(0)
     before = waits.copy()
     with autocast(device, model.precision):
         losses = train.TeacherForcing(encoder, decoder.train())(
-            features, captions, torch.from_numpy(train_set.caplens[:20]), sampling=0.5, label_smoothing=0.1)
+            images, captions, torch.from_numpy(train_set.caplens[:20]), sampling=0.5, label_smoothing=0.1)
     assert waits == before, "a step of training waits"
     validation, _, generated = train.validate(model, val_set, World(0, 1, device), batch_size=4)
 
@@ -92,9 +92,10 @@ def forward(model: Captioner, prepared: Prepared, device: torch.device, waits: C
     at_step: list[int] = []
     step, decoder.step = decoder.step, counted
     with autocast(device, model.precision):
-        found = [best for best, *_ in beam_search(decoder, on_device, model.word_map, Search(beam_size=3, max_len=12))]
+        found = [best for best, *_ in beam_search(decoder, features, model.word_map, Search(beam_size=3, max_len=12))]
     assert max(after - before for before, after in pairwise(at_step)) <= 1, "a step of the search waits twice"
-    return Forward(features, [mean_loss([each.item() for each in losses], 1.0), mean_loss(validation, 1.0)], found,
+    both_losses = [mean_loss([each.item() for each in losses], 1.0), mean_loss(validation, 1.0)]
+    return Forward(features.cpu(), both_losses, found,
                    (losses.top5.item(), validation.top5, generated, [each.words for each in found]))
 
 
@@ -126,7 +127,7 @@ def test_the_way_forward_by_cudas_own_rules(precision, error, model, prepared, o
     assert result.features.dtype == getattr(torch, precision)  # autocast was not off
     torch.testing.assert_close(result.features.float(), on_the_cpu.features, rtol=error, atol=10 * error)
     assert result.losses == pytest.approx(on_the_cpu.losses, rel=error)
-    for best, features in zip(result.found, on_the_cpu.features, strict=True):
+    for best, features in zip(result.found, on_the_cpu.features.clone(), strict=True):
         decoded = teacher_forced(model.decoder, features.unsqueeze(0), torch.tensor([best.sequence]),
                                  torch.tensor([[len(best.sequence)]]))
         assert best.log_prob == pytest.approx(-caption_losses(decoded).cross_entropy.item(), rel=error)
