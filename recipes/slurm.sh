@@ -15,17 +15,17 @@
 #SBATCH --signal=B:USR1@120         # to this shell, so many seconds before --time is up
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
-set -euo pipefail
+set -eu
 
 # Out of time: requeued, which sends train.py SIGTERM. It saves, and the script resumes from there (--checkpoint auto).
 trap 'scontrol requeue "$SLURM_JOB_ID" || true' USR1
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # lets processes that torchrun restarts find each other
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 port=$((10000 + SLURM_JOB_ID % 20000))          # another one for each job, as two may have the same head node
 
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" --max_restarts=3 \
-    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$head_node:$port" \
+    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="${nodes[0]}:$port" \
     train.py --checkpoint auto "$@" &
 wait $! || wait $!      # the first is interrupted by USR1

@@ -2,9 +2,10 @@
 
 Two things go wrong only on a GPU, and no test on a CPU sees them: tensors of both devices meet in one operation, which
 is an error; or the program waits for the GPU in the midst of a step, which makes it slow. Within `feigned_gpu` the
-first raises, and the second is counted. With `cuda_rules` a third is seen, on the way forward: what CUDA's autocast
-makes of an operation, and what it leaves, differs from the CPU's. How fast a GPU is, how much memory it has and what
-its own kernels and numbers are, it cannot tell; and what is to be copied without waiting it takes for pinned.
+first raises, and the second is counted. With `cuda_rules` a third is seen, on the way forward: autocast has another
+list of operations for CUDA than for a CPU, and what it leaves in two dtypes raises. How fast a GPU is, how much memory
+it has and what its own kernels and numbers are, it cannot tell; and what is to be copied without waiting it takes for
+pinned.
 """
 from __future__ import annotations
 
@@ -173,8 +174,8 @@ def feigned_gpu(cuda_rules: bool = False) -> Iterator[Seen]:
     """There is one GPU, cuda:0. Gives what it was asked to do.
 
     Args:
-        cuda_rules: PyTorch too takes its tensors for CUDA's, so that they go CUDA's ways and get CUDA's autocast. Only
-            forward: a backward pass would need a real GPU.
+        cuda_rules: PyTorch's own C++, too, takes its tensors for a GPU's: they get CUDA's dispatch keys and autocast.
+            On the way forward only; a backward pass would need a real GPU.
     """
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)

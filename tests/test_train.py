@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import torchvision
 from conftest import ENCODER, Prepared
 from PIL import Image
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 import caption
@@ -446,6 +448,28 @@ def test_a_step_is_the_plain_arithmetic(prepared: Prepared, tmp_path: Path, stag
     tuned = [each for each in learned_encoder.parameters() if each.requires_grad]
     assert bool(tuned) == (stage == 2)  # in stage 1 no gradient is computed for the encoder
     assert all(each.grad is not None for each in tuned)
+
+
+def test_compiled_models_compute_the_same(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As whole graphs, and few of them, whatever the captions' lengths. (Traced, but not made into machine code, which
+    takes minutes and a compiler.)"""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    gradients, weights = [], []
+    for compiled in (False, True):
+        setting = setting_of(prepared, tmp_path)
+        setting.args.compile, setting.args.dropout = compiled, 0.0
+        training = train.build_training(setting, 2, None)
+        for batch in DataLoader(Pictures(setting.train), 3):                    # 6 of them, of different lengths
+            train.train_step(setting, training, batch)
+            gradients.append([each.grad.norm().item() for each in train.learning_parameters(training)])
+        weights.append(training.captioner.decoder.state_dict().keys() | training.captioner.encoder.state_dict().keys())
+    half = len(gradients) // 2
+    for one, other in zip(gradients[:half], gradients[half:], strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+    assert weights[0] == weights[1]
+    assert 0 < counters["stats"]["unique_graphs"] <= 8
 
 
 def test_kept_features_train_as_the_pictures_do(prepared: Prepared, straight: Path, tmp_path: Path,
