@@ -48,6 +48,8 @@ def write_images(archive: Path, split: str, paths: Sequence[Path], image_ids: Se
     Returns:
         Pictures that could not be read; they are left out, if that is wanted and others remain.
     """
+    with naming_write_errors(archive), open(archive, "wb") as file:
+        file.truncate(len(paths) * (3 * IMAGE_SIZE ** 2 + 8) + 10_000)  # where that fails, HDF5 would crash
     with naming_write_errors(archive), h5py.File(archive, "w") as file:
         file.attrs.update(attributes)
         file["image_ids"] = np.array(image_ids, dtype=np.int64)
