@@ -150,15 +150,8 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
             sequences, log_probs, width = (each[alive] for each in (sequences, log_probs, width))
             state = tuple(each.unflatten(0, (-1, k))[alive].flatten(0, 1) for each in state)
     left.append(hypotheses_at(goes_on, active, sequences, log_probs, alphas))   # none, if the loop was left early
-
-    found, rev_word_map = [[] for _ in encoder_out], reverse(word_map)
-    for pictures, ids, totals, looks in left:
-        looks = [None] * len(pictures) if looks is None else looks.cpu().numpy()
-        for i, *hypothesis in zip(pictures.tolist(), ids.tolist(), totals.tolist(), looks, strict=True):
-            found[i].append(to_caption(*hypothesis, rev_word_map))
-    start_alphas = np.ones((1, alphas.size(-1)), np.float32) if with_alphas else None
-    fallback = to_caption([word_map["<start>"]], [-math.inf], start_alphas, rev_word_map)  # all was NaN
-    return [ranked(captions or [fallback], search)[:search.n_best] for captions in found]
+    found = to_captions(left, len(encoder_out), word_map)
+    return [ranked(captions, search)[:search.n_best] for captions in found]
 
 
 def hypotheses_at(which: Tensor, active: Tensor, sequences: Tensor, log_probs: Tensor,
@@ -168,6 +161,18 @@ def hypotheses_at(which: Tensor, active: Tensor, sequences: Tensor, log_probs: T
     picture, place = which.nonzero(as_tuple=True)
     rows = tuple(each.to(sequences.device, non_blocking=True) for each in (picture, place))
     return active[picture], sequences[rows], log_probs[rows], None if alphas is None else alphas[rows]
+
+
+def to_captions(left: Sequence[tuple[Tensor, ...]], n: int, word_map: dict[str, int]) -> list[list[Caption]]:
+    """What `hypotheses_at` gave at each step, as captions of each of n pictures; only at the end, as it waits."""
+    found, rev_word_map = [[] for _ in range(n)], reverse(word_map)
+    for pictures, ids, log_probs, alphas in left:
+        looks = [None] * len(pictures) if alphas is None else alphas.cpu().numpy()          # (t, P) each
+        for i, *hypothesis in zip(pictures.tolist(), ids.tolist(), log_probs.tolist(), looks, strict=True):
+            found[i].append(to_caption(*hypothesis, rev_word_map))
+    start_alphas = None if alphas is None else np.ones((1, alphas.size(-1)), np.float32)
+    fallback = to_caption([word_map["<start>"]], [-math.inf], start_alphas, rev_word_map)  # where all was NaN
+    return [captions or [fallback] for captions in found]
 
 
 def to_caption(sequence: list[int], log_probs: list[float], alphas: np.ndarray | None,

@@ -26,7 +26,7 @@ import numpy as np
 from datasets import read_word_map
 from preparing.folder import check_space, finish_killed_run, input_hash, is_done, whole_folder, write_json
 from preparing.layouts import read_layout
-from preparing.notes import about_empty_splits, about_left_out, about_samples, about_words
+from preparing.notes import about_left_out, about_pictures, about_words
 from preparing.pixels import write_images
 from preparing.tables import SPLITS, checked_tokens, naming_layout_errors
 from safety.checkpoints import SPECIAL_WORDS, load_checkpoint
@@ -72,17 +72,10 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | Sequence[s
         pictures, word_freq, notes = read_captions(data, dataset, image_folder, max_len, source)
     check_captions(pictures, word_freq, notes, source, max_len)
     check_paths([picture.path for picture in pictures], image_folder, source)
-    base = f"{dataset}_{captions_per_image}_cap_per_img_{min_word_freq}_min_word_freq"
-    if word_map:
-        word_map = known_words(word_map, word_freq)
-        base = f"{dataset}_{captions_per_image}_cap_per_img_{len(word_map)}_given_words"
-        min_word_freq = None
-    else:
-        word_map = make_word_map(word_freq, min_word_freq)
-    counts = {split: sum(picture.split == split for picture in pictures) for split in ("VAL", "TEST")}
-    notes += [*about_samples([len(picture.captions) for picture in pictures], captions_per_image),
-              *about_empty_splits(counts, source), *about_words(word_freq, word_map, min_word_freq)]
+    word_map, vocabulary, about_vocabulary = choose_words(word_map, word_freq, min_word_freq)
+    notes += [*about_pictures(pictures, captions_per_image, source), *about_vocabulary]
 
+    base = f"{dataset}_{captions_per_image}_cap_per_img_{vocabulary}"
     made_from = input_hash(image_folder, pictures, word_map, captions_per_image, max_len)
     if finish_killed_run(folder, base, made_from):  # one that had written all files, and moved some
         print_summary(pictures, notes, folder, base)
@@ -138,6 +131,16 @@ def read_captions(data: Any, dataset: str, image_folder: Path, max_len: int,
         raise InputError(f"{source}: {len(wrong)} captions have no word, or hold something else: {', '.join(wrong[:5])}"
                          f"{', ...' if len(wrong) > 5 else ''}; {RULE}: mend these captions, or delete them")
     return pictures, word_freq, about_left_out(other_splits, without, lengths, max_len)
+
+
+def choose_words(given: str | Path | None, word_freq: Counter[str],
+                 min_word_freq: int) -> tuple[dict[str, int], str, list[str]]:
+    """The word map, how the files' name tells it, and what to say of it."""
+    if given:
+        word_map = known_words(given, word_freq)
+        return word_map, f"{len(word_map)}_given_words", about_words(word_freq, word_map)
+    word_map = make_word_map(word_freq, min_word_freq)
+    return word_map, f"{min_word_freq}_min_word_freq", about_words(word_freq, word_map, min_word_freq)
 
 
 def make_word_map(word_freq: Counter[str], min_word_freq: int) -> dict[str, int]:

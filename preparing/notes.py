@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from preparing.tables import SPLITS
 from safety.errors import printable
@@ -35,29 +36,30 @@ def about_left_out(other_splits: Counter[str], without: Sequence[Path], lengths:
     return [printable(note) for note in notes]
 
 
-def about_samples(counts: Sequence[int], captions_per_image: int) -> list[str]:
-    """Of captions that are in the files more than once, or only among the references. `counts`: each picture's own."""
-    more, fewer = ([n for n in counts if n * sign > captions_per_image * sign] for sign in (1, -1))
-    notes = []
-    if fewer:
+def about_pictures(pictures: Sequence[Any], captions_per_image: int, source: str) -> list[str]:
+    """Of captions that are in the files more than once, or only among the references, and of splits without pictures.
+
+    Args:
+        pictures: create_input_files.Picture.
+    """
+    counts, notes = [len(picture.captions) for picture in pictures], []
+    if fewer := [n for n in counts if n < captions_per_image]:
         notes.append(f"{len(fewer)} pictures have fewer than {captions_per_image} captions, so that "
                      f"{sum(captions_per_image - n for n in fewer)} captions are repetitions; --captions_per_image "
                      f"{min(fewer)} repeats none")
-    if more:
+    if more := [n for n in counts if n > captions_per_image]:
         notes.append(f"{len(more)} pictures have more than {captions_per_image} captions, of which "
                      f"{sum(n - captions_per_image for n in more)} are not trained on; --captions_per_image "
                      f"{max(more)} takes all")
+    for split, script in (("VAL", "train.py"), ("TEST", "eval.py, without --split VAL,")):
+        if not any(picture.split == split for picture in pictures):
+            notes.append(f"{split} is empty, and {script} needs pictures there: in {source} give some the split "
+                         f"{split.lower()}")
     return notes
 
 
-def about_empty_splits(counts: dict[str, int], source: Path) -> list[str]:
-    """Of splits without pictures. `counts`: how many there are in VAL and TEST."""
-    needed_by = {"VAL": "train.py", "TEST": "eval.py, without --split VAL,"}
-    return [f"{split} is empty, and {needed_by[split]} needs pictures there: in {source} give some the split "
-            f"{split.lower()}" for split, count in counts.items() if not count]
-
-
-def about_words(word_freq: Counter[str], word_map: dict[str, int], min_word_freq: int | None) -> list[str]:
+def about_words(word_freq: Counter[str], word_map: dict[str, int],
+                min_word_freq: int | None = None) -> list[str]:
     """Of the vocabulary, and whether captions can be learnt with it; `min_word_freq` is None of a given one."""
     unknown = sum(count for word, count in word_freq.items() if word not in word_map)
     once = sum(count == 1 for word, count in word_freq.items() if word in word_map)

@@ -58,7 +58,7 @@ def test_the_scripts_do_on_a_gpu_what_they_do_on_a_cpu(prepared: Prepared, tmp_p
     # Training waits where it looks at the losses, and at no other place of a step.
     assert set(seen.waits) == {"choose_device", "build_training", "load_optimizers", "keep_features", "look_at_losses",
                                "save", "save_checkpoint", "main", "validate", "predicted_words", "beam_search",
-                               "copy_to"}
+                               "to_captions", "copy_to"}
     assert seen.waits["look_at_losses"] == 2 * 2  # at the first step and at the last
 
 
