@@ -3,6 +3,7 @@
     python eval.py --checkpoint BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar --beam_size 1 3 5
     python eval.py --gallery gallery.html    # the best and the worst captions on a page; point at a word
     torchrun --nproc_per_node=8 eval.py --checkpoint ...
+    python eval.py --captions results.json   # those of another system, in COCO's result format
 
 Captions are generated freely, one for each picture, and scored against all that people wrote of it.
 """
@@ -32,9 +33,10 @@ from drawing.page import PAGES, html_figure, write_page
 from models import Caption, restore
 from safety.checkpoints import load_checkpoint
 from safety.devices import cpu_advice
-from safety.errors import InputError, UsageError, printable, run_script
+from safety.errors import InputError, UsageError, printable, reason, run_script
 from safety.files import atomic_write, unwritable
 from safety.flags import integer
+from safety.words import words_in
 from utils import World, add_device_flags, broadcast, gather_in_order, loader_workers, progress_bar, setup_world
 
 References = Sequence[Sequence[Sequence[str]]]  # of each picture all that people wrote, as words
@@ -160,6 +162,51 @@ def write_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 file.write(content + "\n")
 
 
+def score_file(args: argparse.Namespace, dataset: CaptionDataset, references: References,
+               word_map: dict[str, int]) -> list[dict[str, Any]]:
+    """The table for captions of another system, which tell of no search; prints it and returns its row."""
+    captions = read_captions(args.captions, dataset, word_map)
+    if warning := warn_if_collapsed([" ".join(words) for words in captions]):
+        print(printable(warning), file=sys.stderr)
+    untold = dict.fromkeys(("beam", "length penalty", "consensus", "unfinished", "seconds", "images/s"))
+    rows = [{**untold, **score(references, captions)}]
+    write_table(args, rows)
+    return rows
+
+
+def read_captions(path: str, dataset: CaptionDataset, word_map: dict[str, int]) -> list[list[str]]:
+    """Another system's captions, in COCO's result format, as words: one for each picture of the data set, in its order.
+
+    One whose words are all in the word map is split where it has white space; any other is read as in a table, in lower
+    case and without punctuation.
+
+    Raises:
+        InputError: a picture has none or several. Captions of other pictures are left out, with a line on stderr.
+    """
+    found: dict[int, list[str]] = {}
+    try:
+        for each in json.loads(Path(path).read_text(encoding="utf-8-sig")):
+            found.setdefault(int(each["image_id"]), []).append(each["caption"].strip())
+    except OSError as error:
+        raise InputError(f"--captions {path}: {error.strerror}; name a file of captions") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"--captions {path}: not in COCO's result format, a list of {{\"image_id\": 1, \"caption\": "
+                         f"\"a dog\"}} ({reason(error)})") from error
+    ids = dataset.image_ids
+    unusable = {f"pictures of {dataset.split} without a caption": [each for each in ids if each not in found],
+                f"pictures of {dataset.split} with several": [each for each in ids if len({*found.get(each, ())}) > 1]}
+    unused = {"captions of other pictures, left out": sorted(found.keys() - set(ids)),
+              "pictures with the same caption again": [each for each in ids if len(found.get(each, ())) > 1]}
+    problems = ", ".join(f"{len(which)} {what} (image_id {', '.join(map(str, which[:3]))}{', ...' * (len(which) > 3)})"
+                         for what, which in (unusable | unused).items() if which)
+    if any(unusable.values()):
+        raise InputError(f"--captions {path}: {problems}; give each picture of the split one caption")
+    if problems:
+        print(f"--captions {path}: {problems}", file=sys.stderr)
+    return [words if set(words := each.split()) <= word_map.keys() else words_in(each)
+            for each in (found[one][0] for one in ids)]
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 def get_parser() -> argparse.ArgumentParser:
@@ -172,6 +219,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_name", default="coco_5_cap_per_img_5_min_word_freq", metavar="NAME",
         help="base name of those files (default: coco_5_cap_per_img_5_min_word_freq)")
     add("--split", choices=("TEST", "VAL", "TRAIN"), default="TEST", help="(default: TEST)")
+    add("--captions", metavar="FILE", help="score these instead of a model's: COCO's result format, one for each "
+        "picture of the split. Words are what white space separates; of a caption with any that the data do not know, "
+        "in lower case and without punctuation, as of a table")
     add = parser.add_argument_group("search").add_argument
     add("--beam_size", type=integer(1), nargs="+", default=[1, 3, 5], metavar="K", help="one row each (default: 1 3 5)")
     add_search_flags(add)
@@ -189,6 +239,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Refuses, before the search rather than after it, what the results could not be written to."""
+    if args.captions and (args.checkpoint or args.gallery):
+        raise UsageError(f"--captions {args.captions}: no model is used; leave out --checkpoint and --gallery")
     if (args.out and Path(args.out).is_file()) or (args.json and Path(args.json).is_dir()):
         raise UsageError(f"--out {args.out} --json {args.json}: --out is a folder, --json a file")
     if args.gallery and Path(args.gallery).suffix.lower() not in PAGES:
@@ -215,6 +267,10 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not dataset.n_images:
         raise InputError(f"the split {args.split} of {args.data_name} holds no pictures; name another with --split")
     references = dataset.references(word_map)
+    if is_main and not shutil.which("java"):
+        print("Java was not found: METEOR is left out (install a Java runtime, say default-jre)", file=sys.stderr)
+    if args.captions:
+        return score_file(args, dataset, references, word_map) if is_main else []
     path = args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar"
     if args.word_map:
         word_map = read_word_map(args.word_map)
@@ -223,8 +279,6 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     encoder, decoder = (each.to(world.device) for each in restore(checkpoint, path))
     model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
     del checkpoint  # and its memory map
-    if is_main and not shutil.which("java"):
-        print("Java was not found: METEOR is left out (install a Java runtime, say default-jre)", file=sys.stderr)
 
     rows: list[dict[str, Any]] = []
     for search in searches:

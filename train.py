@@ -39,7 +39,7 @@ from caption import Captioner, Search, beam_search
 from datasets import CaptionDataset, EpochSampler, Pictures, augment, encode, image_loader, loader_options
 from eval import bleu
 from models import DECODERS, Decoded, Losses, build, caption_losses, restore, teacher_forced
-from safety.checkpoints import save_checkpoint
+from safety.checkpoints import load_weights, save_checkpoint
 from safety.devices import cpu_advice
 from safety.errors import InputError, UsageError, printable, reason, run_script
 from safety.files import atomic_write
@@ -368,22 +368,43 @@ def build_training(run: Run, stage: int, start: dict[str, Any] | None) -> Traini
     scaler = torch.amp.GradScaler(world.device.type, enabled=run.precision == "float16")
     training = Training(model, Captioner(encoder, decoder, run.word_map, run.precision), optimizers, scaler, arguments)
     if start and start["training"]:  # the original tutorial's checkpoints, and published ones, have none
-        load_optimizers(training, start["training"], args, stage)
+        for name in load_optimizers(training, start["training"], args, stage):
+            run.print0(f"what the checkpoint says of the {name}'s Adam does not fit the weights, so it begins anew")
     return training
 
 
-def load_optimizers(training: Training, before: dict[str, Any], args: argparse.Namespace, stage: int) -> None:
+def load_optimizers(training: Training, before: dict[str, Any], args: argparse.Namespace, stage: int) -> list[str]:
     """Adam's averages and learning rates from a checkpoint; the rates only if the flags ask for the same as its did.
-    Stage 2 takes the decoder's from the checkpoint of stage 1, and begins the encoder's anew."""
+    Stage 2 takes the decoder's from the checkpoint of stage 1, and begins the encoder's anew.
+
+    Returns:
+        Those that do not fit, and begin anew: weights do not need them.
+    """
+    unfit = []
     if before.get("scaler"):
         training.scaler.load_state_dict(before["scaler"])
     for name, rate in learning_rates(vars(args), stage).items():
         if name in before["optimizers"]:
+            if not fits(training.optimizers[name], before["optimizers"][name]):
+                unfit.append(name)
+                continue
             training.optimizers[name].load_state_dict(before["optimizers"][name])
             same_rate = learning_rates(before["args"], before["stage"])[name] == rate
             same_schedule = before["args"].get("schedule", args.schedule) == args.schedule
             if not (same_rate and same_schedule):  # else it stays where it had decayed to
                 set_learning_rate(training, name, rate)
+    return unfit
+
+
+def fits(optimizer: torch.optim.Optimizer, state: Any) -> bool:
+    """Whether a state is one of Adam, with averages of the same shapes."""
+    try:
+        (group,), parameters = state["param_groups"], optimizer.param_groups[0]["params"]
+        return len(group["params"]) == len(parameters) and all(
+            parameters[i].shape == each[average].shape for i, each in state["state"].items()
+            for average in ("exp_avg", "exp_avg_sq"))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):  # another optimizer's, or none
+        return False
 
 
 def set_learning_rate(training: Training, name: str, rate: float) -> None:
@@ -416,12 +437,7 @@ def encoder_weights(args: argparse.Namespace, world: World) -> str | dict[str, T
     weights = args.encoder_weights
     if weights == "none" or world.rank > 0:
         return None
-    if not Path(weights).is_file():
-        return weights
-    try:
-        return dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as error:  # a file that is something else can fail in any way
-        raise InputError(f"--encoder_weights {weights}: not a state dict of a classifier ({reason(error)})") from error
+    return load_weights(weights) if Path(weights).is_file() else weights
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -162,29 +164,40 @@ def progress_bar(iterable: Any, description: str, unit: str, show: bool = True, 
 
 # ---- training aids ---------------------------------------------------------------------------------------------------
 
+CONTAINERS = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "compressed by gzip", b"BZh": "compressed by bzip2",
+              b"\xfd7zXZ": "compressed by xz", b"7z\xbc\xaf": "a 7-Zip archive"}  # by how they begin
+
+
 def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor, int]:
     """Pretrained word vectors (V, E) in GloVe's text format, a word and its numbers a line; and how many were found.
 
-    Words that are not in the file get uniform random values.
+    Words that are not in the file get uniform random values. Of a word that is there twice the first line counts, and
+    whatever is wrong with lines of words that are not ours does not.
     """
+    ours: list[tuple[int, str]] = []
+    sizes: Counter[int] = Counter()
     rows: dict[int, list[float]] = {}
-    size = line_number = 0
+    line_number = 0
     try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                line_number += 1
-                word, *values = line.rstrip().split(" ")
-                if not word or (not size and len(values) < 2):
-                    continue  # an empty line, or the two counts with which word2vec's text format begins
-                size = size or len(values)
-                if len(values) > size and not values[0].lstrip("-")[:1].isdigit():
-                    continue  # a word with a space in it: GloVe's largest file has some
-                if len(values) != size:
-                    raise ValueError(f"{len(values)} numbers where the lines before have {size}")
+        with open(path, "rb") as file:
+            check_text(file.peek(), path)
+            for line_number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig", errors="replace"), 1):
+                word, *values = fields(line)
+                if len(values) > 1:  # one: the counts with which word2vec's text format begins
+                    sizes[len(values)] += 1
                 if word in word_map:
-                    rows[word_map[word]] = [float(value) for value in values]
-                    if not all(map(math.isfinite, rows[word_map[word]])):
-                        raise ValueError(f"a number of {word!r} is not finite")
+                    ours.append((line_number, line))
+        size = max(sizes, key=sizes.__getitem__, default=0)
+        for each in ours if size else ():
+            line_number, line = each
+            word, *values = fields(line)
+            if word_map[word] in rows or (len(values) > size and not values[0].lstrip("-")[:1].isdigit()):
+                continue  # a word with a space in it: GloVe's largest file has some
+            if len(values) != size:
+                raise ValueError(f"{len(values)} numbers where most lines have {size}")
+            rows[word_map[word]] = [float(value) for value in values]
+            if not all(map(math.isfinite, rows[word_map[word]])):
+                raise ValueError(f"a number of {word!r} is not finite")
         if not rows:
             raise ValueError("no word of the vocabulary up to here")
     except (OSError, ValueError) as error:
@@ -194,6 +207,21 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
     embeddings = torch.empty(len(word_map), size).uniform_(-bound, bound)
     embeddings[list(rows)] = torch.tensor(list(rows.values()))
     return embeddings, len(rows)
+
+
+def fields(line: str) -> list[str]:
+    """What spaces and tabs separate. Other white space does not: words of GloVe's largest file have some in them."""
+    return [*filter(None, line.strip().replace("\t", " ").split(" "))] or [""]
+
+
+def check_text(beginning: bytes, path: str | Path) -> None:
+    """Refuses word vectors in other files than text."""
+    for begins, kind in CONTAINERS.items():
+        if beginning.startswith(begins):
+            raise InputError(f"--embeddings {path} is {kind}; unpack it, and name the text file that was in it")
+    if b"\0" in beginning:
+        raise InputError(f"--embeddings {path} is binary, or text in UTF-16; get or save the vectors as text in UTF-8, "
+                         "GloVe's .txt or the .vec of word2vec and fastText")
 
 
 def adjust_learning_rate(optimizer: torch.optim.Optimizer, shrink_factor: float) -> None:

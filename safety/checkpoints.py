@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safety.errors import InputError, reason
 from safety.files import atomic_write
-from safety.old_checkpoints import load_pickled_modules
+from safety.old_checkpoints import by_name, from_tutorial, load_inert
 
 CHECKPOINT_FORMAT = 1
 SPECIAL_WORDS = ("<start>", "<end>", "<pad>", "<unk>")
@@ -24,7 +24,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None, mapped: bool = True) -> dict[str, Any]:
-    """Reads a checkpoint of ours, or one that the original tutorial pickled, onto the CPU. Runs nothing of it.
+    """Reads a checkpoint of ours, or of the original tutorial or a fork of it, onto the CPU. Runs nothing of it.
 
     Args:
         word_map: for the original tutorial's checkpoints, which do not hold it.
@@ -36,37 +36,72 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None, ma
         `preprocessing`, `scores`, and `training` (for a resume; None in the original tutorial's).
 
     Raises:
-        InputError: no such file, not a checkpoint, or one that names code other than the fixed list.
+        InputError: no such file, not a checkpoint, or one whose weights are not plain tensors, whole in the file.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; name one that train.py made with --checkpoint")
     try:
         state = _unpickle(path, mapped)
+        if isinstance(state, dict) and "format" not in state:
+            state = {"format": CHECKPOINT_FORMAT, **from_tutorial(state, path)}
+    except InputError:
+        raise
     except Exception as error:  # a damaged file can fail in any way
         raise InputError(f"{path}: refused, this is no checkpoint that can be read whole and safely ({reason(error)}); "
                          "get the file again, or name another") from error
     _check_parts(state, path)
     state["word_map"] = state["word_map"] or word_map
     _check_vocabulary(state, path)
-    stripped = {"preprocessing": None, "scores": {}, "training": None}  # maybe, for publishing
-    return state | {name: state.get(name, nothing) for name, nothing in stripped.items()}
+    scores = state["scores"].items() if isinstance(state.get("scores"), dict) else ()
+    return state | {"scores": {name: score for name, score in scores if isinstance(score, int | float)},
+                    **{name: state.get(name) for name in ("preprocessing", "training")}}  # stripped, for publishing
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a file, by the names of a state_dict: one alone, among other things, or a whole module's; or
+    safetensors. Runs nothing of it.
+
+    Raises:
+        InputError: there are none. ImportError: the package safetensors is not there.
+    """
+    try:
+        with open(path, "rb") as file:
+            safe = file.read(9)[8:] == b"{"  # after the length of what stands between the brackets
+        weights = by_name(_read_safetensors(path) if safe else _unpickle(path, mapped=False))
+        weights = {name: each for name, each in weights.items() if _is_whole(each)}
+        if not weights:
+            raise ValueError("there are no tensors in it")
+    except ImportError:
+        raise
+    except Exception as error:  # a file that is something else can fail in any way
+        raise InputError(f"--encoder_weights {path}: not a state dict of a classifier ({reason(error)})") from error
+    return weights
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f"{path} is in the format of safetensors, whose package is not there: pip install "
+                          "safetensors") from error
+    return load_file(path)
 
 
 def _unpickle(path: str | Path, mapped: bool) -> Any:
-    """What the file holds, by PyTorch's own list of harmless names or else by ours."""
-    if zipfile.is_zipfile(path):
+    """What the file holds, by PyTorch's own list of harmless names, or else with stand-ins for all names."""
+    if zipfile.is_zipfile(path):  # not so PyTorch's files of before 1.6
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
                 raise zipfile.BadZipFile("it is compressed, as PyTorch's files never are")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what the file's maker did
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception:
-        if mapped:
-            return _unpickle(path, mapped=False)  # network folders may have no maps
-        # Not one of ours: the original tutorial's, or no checkpoint.
-        return {"format": CHECKPOINT_FORMAT, **load_pickled_modules(path)}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about what the file's maker did
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception as error:
+            if mapped and "unable to mmap" in str(error):
+                return _unpickle(path, mapped=False)
+            # It names something else: a fork's of the original tutorial, maybe, or no checkpoint.
+    return {**load_inert(path), "training": None}  # which cannot be resumed from stand-ins
 
 
 def _check_parts(state: Any, path: str | Path) -> None:

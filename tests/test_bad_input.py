@@ -325,7 +325,7 @@ TRAIN: dict[str, Case] = {
     "vectors of no text": (text("vectors.txt", b"2 3\n\xff\xfe\x00"), VECTORS, 1, ["vectors.txt", "GloVe"]),
     "weights of no file": (text("weights.pt", "x"), ["--encoder_weights", "weights.pt"], 1, ["weights.pt: not a st"]),
     "weights of another network": (weights({"x": torch.ones(2)}), ["--encoder_weights", "weights.pt"], 1,
-                                   ["--encoder_weights weights.pt", "Missing key"]),
+                                   ["--encoder_weights weights.pt", "0 of the trunk's", "name the network"]),
     "weights of code": (weights({"x": print}), ["--encoder_weights", "weights.pt"], 1, ["weights.pt: not a state"]),
     "a detector": (None, ["--encoder", "ssd300_vgg16"], 1, ["--encoder ssd300_vgg16", "no classifier"]),
     "a run of other embeddings": (saved(), [*RESUMED, "--emb_dim", "9"], 1, ["model.pth.tar", "--emb_dim 8", "not 9"]),

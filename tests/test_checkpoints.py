@@ -1,20 +1,28 @@
 """Checkpoints: ours are whole and plain; the original tutorial's are read as data; a hostile file runs nothing."""
 
+import argparse
 import collections
+import datetime
 import functools
 import io
 import itertools
 import json
 import pickle
+import resource
 import struct
 import sys
+import time
 import tracemalloc
+import types
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,7 +34,7 @@ import eval as evaluation
 import train
 from models import DecoderWithAttention, Encoder, restore
 from safety import old_checkpoints
-from safety.checkpoints import load_checkpoint, save_checkpoint
+from safety.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from safety.errors import InputError
 
 WORDS = {word: index for index, word in enumerate(("<pad>", *"abcdefg", "<unk>", "<start>", "<end>"))}
@@ -266,19 +274,192 @@ def test_old_checkpoints_caption(tutorials, tmp_path, capsys):
     assert found in capsys.readouterr().out and (tmp_path / "out.png").is_file()
 
 
-@pytest.mark.parametrize("name, blocks", {"resnet18": 2, "resnet34": 6, "resnet50": 6, "resnet101": 23,
-                                          "resnet152": 36}.items())
-def test_the_encoder_is_told_from_its_weights(name, blocks, monkeypatch):
-    encoder = {f"resnet.6.{i}.conv{1 if blocks < 6 or name == 'resnet34' else 3}.weight": 0 for i in range(blocks)}
+@pytest.mark.parametrize("name", old_checkpoints.RESNETS.values())
+def test_the_encoder_is_told_from_its_weights(name):
+    with torch.device("meta"):
+        encoder = Encoder(9, name)
     decoder = dict.fromkeys(("embedding.weight", "attention.encoder_att.weight", "init_h.weight"), torch.zeros(2, 3))
-    pickled = {"encoder": old_checkpoints.Inert(), "decoder": old_checkpoints.Inert()}
-    pickled["encoder"].state = {"enc_image_size": 14}
-    monkeypatch.setattr(old_checkpoints, "read_container", lambda _: (pickled, {}))
-    monkeypatch.setattr(old_checkpoints, "state_dict",
-                        lambda module, _: encoder if module is pickled["encoder"] else decoder)
-    assert old_checkpoints.load_pickled_modules("")["model"] == {
-        "encoder": name, "encoded_image_size": 14, "attention_dim": 2, "encoder_dim": 3, "vocab_size": 2,
-        "embed_dim": 3, "decoder_dim": 2, "dropout": 0.5}
+    found = old_checkpoints.from_tutorial({"encoder": encoder.state_dict(), "decoder": decoder}, "x")
+    assert found["model"] == {"encoder": name, "encoded_image_size": 14, "attention_dim": 2, "encoder_dim": 3,
+                              "vocab_size": 2, "embed_dim": 3, "decoder_dim": 2, "dropout": 0.5}
+    assert list(found["encoder"]) == list(encoder.state_dict())
+
+
+# ---- forks of the original tutorial ----------------------------------------------------------------------------------
+
+class Toy(nn.Module):
+    """Modules of these names."""
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+class Settings(dict):
+    """A dict of a class that nobody else has."""
+
+
+def toys() -> tuple[Toy, Toy]:
+    """The smallest encoder and decoder that are known for what they are; a ResNet's weight has no numbers."""
+    conv = nn.Module()
+    conv.weight = nn.Parameter(torch.zeros(5)[:0].view(64, 64, 0, 0))
+    stages = {"4": Toy(**{"0": Toy(conv2=conv)}), "6": Toy(**{str(i): nn.BatchNorm2d(2) for i in range(2)})}
+    encoder, decoder = Toy(resnet=Toy(**stages)), Toy(
+        embedding=nn.Embedding(len(WORDS), 3), attention=Toy(encoder_att=nn.Linear(3, 2)), init_h=nn.Linear(3, 4))
+    encoder.enc_image_size = 9
+    return encoder, decoder
+
+
+def states(encoder: nn.Module, decoder: nn.Module, suffix: str = "", prefix: str = "") -> dict[str, Any]:
+    return {f"{name}{suffix}": {f"{prefix}{key}": value for key, value in module.state_dict().items()}
+            for name, module in (("encoder", encoder), ("decoder", decoder))}
+
+
+def modules(encoder: nn.Module, decoder: nn.Module) -> dict[str, Any]:
+    return {"encoder": encoder, "decoder": decoder}
+
+
+def optimizers(decoder: nn.Module) -> dict[str, Any]:
+    sgd = torch.optim.SGD(decoder.parameters(), lr=0.1, momentum=0.9)
+    return {"encoder_optimizer": torch.optim.AdamW(decoder.parameters()), "decoder_optimizer": sgd,
+            "scheduler": torch.optim.lr_scheduler.StepLR(sgd, 3), "scaler": torch.amp.GradScaler("cpu")}
+
+
+METADATA = {"bleu-4": np.float64(0.25), "history": [np.arange(3)], "args": argparse.Namespace(lr=0.1, out=Path("x")),
+            "when": datetime.datetime(2020, 1, 1), "counts": collections.Counter("aab"), "settings": Settings(a=1),
+            "queue": collections.deque([1, 2]), "losses": collections.defaultdict(list, {"train": [1.5]}),
+            "dtype": torch.float16, "device": torch.device("cpu"), "criterion": nn.CrossEntropyLoss(), 3: {4}}
+FORKS: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
+    "DataParallel": lambda encoder, decoder: modules(nn.DataParallel(encoder), nn.DataParallel(decoder)),
+    "DataParallel within": lambda encoder, decoder: modules(Toy(resnet=nn.DataParallel(encoder.resnet)), decoder),
+    "other optimizers": lambda encoder, decoder: modules(encoder, decoder) | optimizers(decoder),
+    "odd metadata": lambda encoder, decoder: modules(encoder, decoder) | METADATA,
+    "state_dicts": states,
+    "state_dicts and metadata": lambda encoder, decoder: METADATA | states(encoder, decoder),
+    "state_dicts of other names": lambda encoder, decoder: states(encoder, decoder, "_state_dict"),
+    "state_dicts of DataParallel": lambda encoder, decoder: states(encoder, decoder, "_state_dict", "module."),
+    "state_dicts of torch.compile": lambda encoder, decoder: states(encoder, decoder, prefix="_orig_mod.module."),
+    "optimizers' states too": lambda encoder, decoder: states(encoder, decoder) | {
+        "optimizer": optimizers(decoder)["decoder_optimizer"].state_dict(), "bleu-4": np.float64(0.25)},
+    "one state_dict": lambda encoder, decoder: {"epoch": 3, "state_dict": Toy(
+        encoder=encoder, decoder=decoder).state_dict()},
+    "one module": lambda encoder, decoder: Toy(encoder=encoder, decoder=decoder),
+    "a dict of its own class": lambda encoder, decoder: Settings(model=Settings(states(encoder, decoder))),
+    "parameters": lambda encoder, decoder: {name: {**dict(module.named_parameters()), **dict(module.named_buffers())}
+                                            for name, module in modules(encoder, decoder).items()}}
+
+
+@pytest.mark.filterwarnings("error")
+@BOTH_CONTAINERS
+@pytest.mark.parametrize("fork", FORKS)
+def test_checkpoints_of_forks_load(fork, container, tmp_path):
+    """What is not needed is no reason to refuse, and what is wrapped around the weights is looked through."""
+    encoder, decoder = toys()
+    content = FORKS[fork](encoder, decoder)
+    torch.save(content, tmp_path / "x.pth.tar", _use_new_zipfile_serialization=container == "zip")
+    state = load_checkpoint(tmp_path / "x.pth.tar", WORDS)
+    for part, module in (("encoder", encoder), ("decoder", decoder)):
+        expected = module.state_dict()
+        assert same(state[part], {name: expected[name] for name in state[part]}) and len(state[part]) == len(expected)
+        assert all(type(each) is torch.Tensor for each in state[part].values())
+    size = 9 if fork in {"DataParallel", "other optimizers", "odd metadata", "one module"} else 14  # which others lack
+    assert state["model"] == {"encoder": "resnet18", "encoded_image_size": size, "attention_dim": 2,
+                              "encoder_dim": 3, "vocab_size": len(WORDS), "embed_dim": 3, "decoder_dim": 4,
+                              "dropout": 0.5}
+    assert state["word_map"] == WORDS and state["training"] is None
+
+
+def test_a_fork_s_own_word_map_counts(tmp_path):
+    own = {word: (index + 1) % len(WORDS) for word, index in WORDS.items()}
+    torch.save({**states(*toys()), "word_map": own}, tmp_path / "x.pth.tar")
+    assert load_checkpoint(tmp_path / "x.pth.tar", WORDS)["word_map"] == own
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_what_is_missing_of_a_fork_s_checkpoint_is_named(part, tmp_path):
+    content = states(*toys())
+    del content[part]
+    torch.save(content, tmp_path / "x.pth.tar")
+    with refused("x.pth.tar: refused", {"encoder": "...resnet.4.0.conv2.weight",
+                                        "decoder": "...attention.encoder_att.weight"}[part], "name one that train.py"):
+        load_checkpoint(tmp_path / "x.pth.tar", WORDS)
+
+
+def test_odd_metadata_in_a_checkpoint_of_ours(ours, tmp_path):
+    """The weights are read, and nothing of what only a resume needs."""
+    torch.save({**torch.load(ours), "scores": {"bleu4": 1.5, "cider": np.float64(2)}, "when": datetime.date.today()},
+               tmp_path / "x.pth.tar")
+    state = load_checkpoint(tmp_path / "x.pth.tar")
+    assert state["training"] is None and state["scores"] == {"bleu4": 1.5}
+    assert all(same(state[part], our_state()[part]) for part in ("encoder", "decoder", "word_map", "model"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fork_s_model_computes_the_same(tutorials, tmp_path):
+    """With all of it: a ResNeXt, DataParallel, another optimizer, a numpy score."""
+    encoder = Encoder(4, "resnext50_32x4d")
+    decoder = DecoderWithAttention(5, 6, 7, len(WORDS), encoder.encoder_dim).eval()
+    torch.save({"epoch": 7, "bleu-4": np.float64(0.2), "encoder": nn.DataParallel(encoder),
+                "decoder": nn.DataParallel(decoder), "decoder_optimizer": torch.optim.AdamW(decoder.parameters())},
+               tmp_path / "x.pth.tar")
+    state = load_checkpoint(tmp_path / "x.pth.tar", WORDS)
+    pictures = torch.randn(1, 3, 64, 64)
+    again, decoder_again = restore(state)
+    features = encoder(pictures)
+    assert state["model"]["encoder"] == "resnext50_32x4d" and torch.equal(again(pictures), features)
+    assert same(decoder_again.state_dict(), decoder.state_dict())
+
+
+# ---- weights of classifiers ------------------------------------------------------------------------------------------
+
+WEIGHTS = {"conv1.weight": torch.arange(6.0).view(2, 3), "bn1.num_batches_tracked": torch.tensor(4)}
+CLASSIFIERS: dict[str, Callable[[], Any]] = {
+    "a state_dict": lambda: WEIGHTS,
+    "Places365's": lambda: {"epoch": 90, "arch": "resnet18", "best_prec1": np.float32(0.5), "state_dict": {
+        f"module.{name}": each for name, each in WEIGHTS.items()}, "optimizer": {"state": {1: {"x": torch.ones(3)}}}},
+    "beside others": lambda: {"model": WEIGHTS, "lr": 0.1, "args": argparse.Namespace(out=Path("x"))},
+    "a module": lambda: Toy(conv1=weight_alone()),
+    "a module in DataParallel": lambda: {"net": nn.DataParallel(Toy(conv1=weight_alone()))},
+    "a module's parameters": lambda: dict(Toy(conv1=weight_alone()).named_parameters())}
+
+
+def weight_alone() -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(WEIGHTS["conv1.weight"])
+    return module
+
+
+@BOTH_CONTAINERS
+@pytest.mark.parametrize("form", CLASSIFIERS)
+def test_weights_of_classifiers_are_found(form, container, tmp_path):
+    torch.save(CLASSIFIERS[form](), tmp_path / "w.pt", _use_new_zipfile_serialization=container == "zip")
+    found = load_weights(tmp_path / "w.pt")
+    assert all(type(each) is torch.Tensor for each in found.values())
+    found = {name.removeprefix("state_dict.").removeprefix("model.").removeprefix("net."): each
+             for name, each in found.items()}
+    assert same(found, {name: WEIGHTS[name] for name in list(WEIGHTS)[:1 if "a module" in form else None]})
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"w": print}, {"w": torch.zeros(1).expand(10**6, 10**6)}, 5])
+def test_a_file_without_whole_weights_is_named(content, tmp_path):
+    torch.save(content, tmp_path / "w.pt")
+    with refused("--encoder_weights", "w.pt: not a state dict of a classifier"):
+        load_weights(tmp_path / "w.pt")
+
+
+def test_safetensors_are_read_where_their_package_is(tmp_path, monkeypatch):
+    """By their form, whatever the file is called. The package is feigned: it is no requirement."""
+    header = json.dumps({"conv1.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
+    path = tmp_path / "weights.bin"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
+    package = types.SimpleNamespace(load_file=lambda file: {"conv1.weight": torch.zeros(2, 3)} if file == path else {})
+    monkeypatch.setitem(sys.modules, "safetensors", types.SimpleNamespace(torch=package))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", package)
+    assert same(load_weights(path), {"conv1.weight": torch.zeros(2, 3)})
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"weights\.bin is in the format of safetensors.*: pip install safetensors$"):
+        load_weights(path)
 
 
 # ---- pickles written by hand -----------------------------------------------------------------------------------------
@@ -414,9 +595,9 @@ def test_a_view_of_a_storage_begins_where_it_says():
     storage = old_checkpoints.Inert("storage", torch.float32, "7", "cuda:0", 10, ("8", 4, 6))
     numbers = {"7": bytearray(torch.arange(10.0).numpy().tobytes())}
     tensor = old_checkpoints.Inert(storage, 1, (2, 2), (2, 1))
-    assert old_checkpoints.to_tensor(tensor, numbers).tolist() == [[5, 6], [7, 8]]
+    assert old_checkpoints.view_of(tensor, numbers.__getitem__).tolist() == [[5, 6], [7, 8]]
     with pytest.raises(RuntimeError, match="out of bounds"):
-        old_checkpoints.to_tensor(old_checkpoints.Inert(storage, 3, (2, 2), (2, 1)), numbers)
+        old_checkpoints.view_of(old_checkpoints.Inert(storage, 3, (2, 2), (2, 1)), numbers.__getitem__)
 
 
 # ---- hostile files ---------------------------------------------------------------------------------------------------
@@ -456,23 +637,47 @@ def attacks(proof: Path | str = "") -> dict[str, Any]:
         "a module's class": Saved(("module", system, "models.py", "import os")),
         "a storage's type": Saved(("storage", system, "0", "cpu", 1)),
         "a storage's place": Saved(("storage", Name("torch", "FloatStorage"), "0", Call(system, (command,)), 1)),
+        "a module that is imported": Name("antigravity", "webbrowser"),
+        "NEWOBJ_EX": Raw(opcodes(Name("subprocess", "Popen")) + opcodes((["touch", str(proof)],)) + b"}\x92"),
+        "a list of its own": Raw(opcodes(Call(Name("collections", "deque"), ())) + b"(" + opcodes(Call(
+            system, (command,))) + b"e"),
+        "a dict of its own": Raw(opcodes(Call(Name("collections", "Counter"), ())) + b"(" + opcodes(Call(
+            system, (command,))) + opcodes(system) + b"u"),
+        "a set of its own": Raw(opcodes(Call(Name("builtins", "set"), ())) + b"(" + opcodes(system) + b"\x90"),
+        "a dict's class": Built(Name("collections", "OrderedDict"), (None, {"items": system})),
+        "a dict's attribute": Built(Ordered({"a": 1}), {"__class__": system, "items": system}),
+        "a name of a name": Built(Call(Call(system, ()), (command,)), Call(system, (command,))),
     }
 
 
 def reachable() -> list[Any]:
     """All that an old checkpoint's pickle can lay hands on."""
     classes = (old_checkpoints.Inert, dict, set, collections.defaultdict, collections.OrderedDict, nn.Parameter)
-    return [*(dict(vars(each)) for each in classes), dict(old_checkpoints.ALLOWED), set(sys.modules),
+    return [*(dict(vars(each)) for each in classes), dict(old_checkpoints.KNOWN), set(sys.modules),
             torch._utils._rebuild_tensor_v2]
 
 
 @BOTH_CONTAINERS
 @pytest.mark.parametrize("attack", attacks())
-def test_code_is_refused_and_does_not_run(attack, container, tmp_path):
-    content = {"epoch": attacks(tmp_path / "proof")[attack]}
-    path, before = write_old(tmp_path / "x.pth.tar", container, content, {"0": torch.zeros(1)}), reachable()
-    with pytest.raises(InputError, match=r"x\.pth\.tar: refused, .* it names "):
-        load_checkpoint(path, WORDS)
+def test_code_becomes_a_stand_in_and_does_not_run(attack, container, tmp_path):
+    """Beside good weights it is as if it were not there; it was refused until what is not needed was no reason to.
+    Where it alone tells how many bytes follow, or in the place of a weight, it is refused."""
+    path, before = tmp_path / "x.pth.tar", reachable()
+    content, storages = tiny_old({}, {})
+    good = load_checkpoint(write_old(path, container, content, storages), WORDS)
+    hostile = attacks(tmp_path / "proof")[attack]
+    write_old(path, container, {**content, "epoch": hostile}, storages)
+    if attack == "a storage's type" and container == "stream":
+        with pytest.raises(InputError, match=r"x\.pth\.tar: refused"):
+            load_checkpoint(path, WORDS)
+    else:
+        assert same(load_checkpoint(path, WORDS), good)
+    write_old(path, container, *tiny_old({}, {"_buffers": Ordered({"x": hostile})}))
+    if attack == "a dict of its own":  # which holds nothing that has a weight's name
+        assert len(load_checkpoint(path, WORDS)["decoder"]) == 5
+    else:
+        with pytest.raises(InputError, match=r"x\.pth\.tar: refused"):
+            load_checkpoint(path, WORDS)
     assert not (tmp_path / "proof").exists() and reachable() == before
 
 
@@ -494,15 +699,18 @@ TENSOR = Call(REBUILD, FITS)
 
 
 def tiny_old(encoder: dict[str, Any], decoder: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The smallest old checkpoint that loads, with more state; its ResNet has two blocks of one weight each."""
+    """The smallest old checkpoint that loads, with more state; its ResNet has two blocks of one weight each, and the
+    one by which it is known, which has no numbers."""
     hand = Hand()
 
     def module(state: dict[str, Any], **children: Any) -> Built:
         held = {"_parameters": Ordered(), "_buffers": Ordered(), "_modules": Ordered(children)}
         return instance(ENCODER, {**held, **state})
 
-    blocks = {str(i): hand.module(nn.Linear(1, 1)) for i in range(2)}
-    content = {"encoder": module({"enc_image_size": 14, **encoder}, resnet=module({}, **{"6": module({}, **blocks)})),
+    conv = module({"_parameters": Ordered({"weight": hand.parameter(torch.zeros(64, 64, 0, 0))})})
+    stages = {"4": module({}, **{"0": module({}, conv2=conv)}),
+              "6": module({}, **{str(i): hand.module(nn.Linear(1, 1)) for i in range(2)})}
+    content = {"encoder": module({"enc_image_size": 14, **encoder}, resnet=module({}, **stages)),
                "decoder": module(decoder, embedding=hand.module(nn.Embedding(len(WORDS), 3)),
                                  attention=module({}, encoder_att=hand.module(nn.Linear(3, 2))),
                                  init_h=hand.module(nn.Linear(3, 4))), "more": TENSOR}
@@ -554,7 +762,7 @@ IN_ITSELF = Raw(opcodes(ENCODER) + b")\x81q\x63}(" + opcodes("_modules") + b"}" 
 STATES = {
     "a class for a module": ({"encoder": ENCODER}, {}), "nothing for a module": ({"decoder": None}, {}),
     "a module without state": ({"encoder": Raw(opcodes(ENCODER) + b")\x81")}, {}),
-    "a module in itself": ({"encoder": IN_ITSELF}, {}), "a strange score": ({"bleu-4": Call(ENCODER, ())}, {}),
+    "a module in itself": ({"encoder": IN_ITSELF}, {}),
     "an OrderedDict of numbers": ({"epoch": Call(Name("collections", "OrderedDict"), (5, 6, 7))}, {}),
     "a Parameter of nothing": ({}, {"_parameters": {"x": Call(Name("torch.nn.parameter", "Parameter"), ())}}),
     "a Parameter of a list": ({}, {"_parameters": {"x": Call(Name("torch.nn.parameter", "Parameter"), ([1],))}}),
@@ -570,6 +778,53 @@ def test_impossible_states_are_refused(case, tmp_path):
     content, storages = tiny_old(encoder, {})
     with pytest.raises(InputError, match=r"x\.pth\.tar: refused"):
         load_checkpoint(write_old(tmp_path / "x.pth.tar", "stream", {**content, **changes}, storages), WORDS)
+
+
+@pytest.mark.parametrize("score", [Call(ENCODER, ()), "high", None, {"test": 1.0}])
+def test_a_strange_score_is_left_out(score, tmp_path):
+    """It was refused; but captions need no score."""
+    content, storages = tiny_old({}, {})
+    state = load_checkpoint(write_old(tmp_path / "x.pth.tar", "zip", {**content, "bleu-4": score}, storages), WORDS)
+    assert state["scores"] == {} and len(state["decoder"]) == 5
+
+
+def nested(times: int, inner: Any, name: str = "x") -> Raw:
+    """A dict that holds another twice, which holds another twice, ...: as many copies as 2 to that power."""
+    value = opcodes(inner)
+    for i in range(times):
+        value = b"}(" + opcodes(f"{name}a") + value + f"q{chr(i + 100)}".encode("latin-1") + opcodes(
+            f"{name}b") + f"h{chr(i + 100)}".encode("latin-1") + b"u"
+    return Raw(value)
+
+
+LARGE = {
+    "a thousand views of one storage": lambda storage: {
+        "encoder": {str(i): Call(REBUILD, (storage, 0, (10**5 - i,), (1,))) for i in range(1000)}},
+    "a dict that holds another twice": lambda storage: {"x": nested(60, {"y": 1})},
+    "and tensors": lambda storage: {"x": nested(60, Call(REBUILD, (storage, 0, (1,), (1,))))},
+    "and modules": lambda storage: {"x": nested(60, instance(ENCODER, {
+        "_parameters": Ordered(), "_buffers": Ordered(), "_modules": Ordered({"a": None})}))},
+    "long names": lambda storage: {"x": nested(40, Call(REBUILD, (storage, 0, (1,), (1,))), "x" * 10**5)},
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_a_small_file_does_not_become_large(case, tmp_path):
+    storage = Saved(("storage", Name("torch", "FloatStorage"), "0", "cpu", 10**5))
+    path = write_old(tmp_path / "x.pth.tar", "zip", LARGE[case](storage), {"0": torch.zeros(10**5)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"x\.pth\.tar: refused"):
+        load_checkpoint(path, WORDS)
+    assert time.monotonic() - began < 30  # a second or two, where nothing else runs
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB: a quarter of the thousand views
+
+
+def test_what_holds_itself_beside_good_weights_is_left_alone(tmp_path):
+    content, storages = tiny_old({}, {})
+    endless = Raw(b"}q\x63(" + opcodes("again") + b"h\x63u")
+    path = write_old(tmp_path / "x.pth.tar", "zip", {"more": endless, **content}, storages)
+    assert len(load_checkpoint(path, WORDS)["decoder"]) == 5
 
 
 @pytest.mark.parametrize("bomb", ["data.pkl", "data/0"])
@@ -613,12 +868,13 @@ def test_a_storage_that_is_said_to_be_large_takes_no_memory(tmp_path):
     assert content.endswith(struct.pack("<q4f", 4, 0, 1, 2, 3))
     path.write_bytes(content[:-24] + struct.pack("<q4f", 2**28, 0, 1, 2, 3))
     with pytest.raises(EOFError):
-        old_checkpoints.read_container(path)
+        old_checkpoints.load_inert(path)
 
 
 LANGUAGE = [
     *(opcodes(Name(*name.rsplit(".", 1))) for name in ("models.Encoder", "builtins.dict", "builtins.set",
-                                                       "torch.FloatStorage", "collections.defaultdict")),
+                                                       "torch.FloatStorage", "collections.defaultdict",
+                                                       "collections.OrderedDict")),
     *map(opcodes, (None, 1, "x", "__class__", "state", (), ("storage",), {}, [], {"__init__": 1}, (None, {"hit": 1}))),
     *(bytes([each]) for each in b"(t\x85\x86R\x81\x92boQsuae\x90\x9401\x8f\x93"),
     b"q\x00", b"h\x00", b"q\x01", b"h\x01"]
@@ -627,7 +883,7 @@ LANGUAGE = [
 @settings(max_examples=250, deadline=None)
 @given(st.lists(st.sampled_from(LANGUAGE), max_size=25))
 def test_no_program_of_allowed_names_reaches_anything(program):
-    """Whatever opcodes do with the allowed names ends in an error, or in plain data and stand-ins."""
+    """Whatever opcodes do with names ends in an error, or in plain data and stand-ins."""
     before = reachable()
     try:
         found = old_checkpoints.OldUnpickler(io.BytesIO(b"\x80\x04" + b"".join(program) + b".")).load()

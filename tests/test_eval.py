@@ -524,3 +524,88 @@ def test_a_split_without_pictures_is_named(model, prepared, run, tmp_path):
         file.create_dataset("images", (0, 3, 256, 256), dtype="uint8")
     with pytest.raises(InputError, match=r"split TEST .*no pictures.*--split"):
         run("--checkpoint", model.save(tmp_path / "model.pth.tar"), data=prepared._replace(folder=tmp_path))
+
+
+# ---- somebody else's captions ----------------------------------------------------------------------------------------
+
+def scored(prepared: Prepared, path: Path, *more: object) -> list[dict[str, Any]]:
+    return evaluation.main(evaluation.get_parser().parse_args(
+        ["--data_folder", str(prepared.folder), "--data_name", prepared.name, "--captions", str(path),
+         *map(str, more)]))
+
+
+def results(pictures: CaptionDataset, captions: list[str]) -> list[dict[str, Any]]:
+    return [{"image_id": image_id, "caption": caption}
+            for image_id, caption in zip(pictures.image_ids, captions, strict=True)]
+
+
+def test_captions_of_another_system_give_the_same_table(prepared, pictures, model, tmp_path, capsys):
+    """Those that eval.py writes, scored again, and without a model."""
+    arguments = ["--data_folder", str(prepared.folder), "--data_name", prepared.name, "--device", "cpu", "--beam_size",
+                 "2", "--checkpoint", str(model.save(tmp_path / "model.pth.tar")), "--out", str(tmp_path / "ours")]
+    (ours,) = evaluation.main(evaluation.get_parser().parse_args(arguments))
+    shown = capsys.readouterr().out.splitlines()
+    (again,) = scored(prepared, tmp_path / "ours" / "captions_TEST_beam2.json", "--out", tmp_path / "again")
+    again_shown = capsys.readouterr().out.splitlines()
+    assert ours.keys() == again.keys()
+    assert [ours[name] for name in SCORES[1:-1]] == [again[name] for name in SCORES[1:-1]]
+    assert again_shown[0] == shown[0] and again_shown[2].split("|")[2:9] == shown[2].split("|")[2:9]
+    assert {again[name] for name in ("beam", "unfinished", "seconds", "images/s")} == {None}
+    assert json.loads((tmp_path / "again" / "scores_TEST.json").read_text()) == [again]
+    assert sorted(each.name for each in (tmp_path / "again").iterdir()) == ["scores_TEST.json", "scores_TEST.md"]
+
+
+def test_captions_as_people_write_them(prepared, pictures, tmp_path, monkeypatch, capsys):
+    """In any order, with capitals, full stops, ids as text and a byte order mark."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    people = pictures.references(load_word_map(prepared.folder, prepared.name))
+    captions = [" ".join(each[0]) for each in people]
+    raw = [{"image_id": str(each["image_id"]), "caption": f" {each['caption'].capitalize()} .\n", "score": 0.5}
+           for each in reversed(results(pictures, captions))]
+    (tmp_path / "a.json").write_text(json.dumps(results(pictures, captions)))
+    (tmp_path / "b.json").write_text(json.dumps(raw), encoding="utf-8-sig")
+    (plain,), (written,) = (scored(prepared, tmp_path / name) for name in ("a.json", "b.json"))
+    assert plain == written and plain["BLEU-4"] == pytest.approx(100) and "warning" not in capsys.readouterr().err
+
+
+def test_captions_with_marks_of_the_vocabulary_keep_them(pictures, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(results(pictures, ["t-shirt , a", *["A t-shirt"] * 6])))
+    first, *others = evaluation.read_captions(str(tmp_path / "x.json"), pictures, {"t-shirt": 1, ",": 2, "a": 3})
+    assert first == ["t-shirt", ",", "a"] and others == [["a", "tshirt"]] * 6
+
+
+def test_captions_of_other_pictures_and_again_are_counted(prepared, pictures, tmp_path, capsys):
+    content = results(pictures, ["a red square"] * 7)
+    (tmp_path / "x.json").write_text(json.dumps([*content, content[2], *(
+        {"image_id": 10**6 + i, "caption": "a"} for i in range(4))]))
+    assert len(scored(prepared, tmp_path / "x.json")) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "--captions" in line]
+    assert "x.json: 4 captions of other pictures, left out (image_id 1000000, 1000001, 1000002, ...), " in line
+    assert line.endswith(f"1 pictures with the same caption again (image_id {pictures.image_ids[2]})")
+
+
+@pytest.mark.parametrize("content, parts", [
+    (lambda given: given[1:], ["1 pictures of TEST without a caption (image_id ", "give each picture"]),
+    (lambda given: [*given, {**given[0], "caption": "b"}], ["1 pictures of TEST with several (image_id "]),
+    (lambda given: [{**each, "image_id": -1 - each["image_id"]} for each in given],
+     ["7 pictures of TEST without a caption", "captions of other pictures"]),
+    (lambda given: {"annotations": given}, ["not in COCO's result format", '"image_id"']),
+    (lambda given: [each["caption"] for each in given], ["not in COCO's result format"]),
+    (lambda given: [{**each, "caption": 5} for each in given], ["not in COCO's result format"]),
+    (lambda given: [{**each, "image_id": "x.jpg"} for each in given], ["not in COCO's result format"]),
+    (lambda given: 5, ["not in COCO's result format"])])
+def test_captions_that_do_not_fit_are_named(content, parts, prepared, pictures, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(content(results(pictures, ["a red square"] * 7))))
+    with refused("x.json", *parts):
+        scored(prepared, tmp_path / "x.json")
+
+
+def test_captions_of_no_file_or_for_a_model_are_refused(prepared, tmp_path):
+    (tmp_path / "x.json").write_text("[")
+    with refused("x.json: not in COCO's result format"):
+        scored(prepared, tmp_path / "x.json")
+    with refused("y.json: No such file"):
+        scored(prepared, tmp_path / "y.json")
+    for flag in ("--checkpoint", "--gallery"):
+        with refused("--captions", "leave out --checkpoint and --gallery"):
+            scored(prepared, tmp_path / "x.json", flag, "x.html")

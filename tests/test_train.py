@@ -381,6 +381,43 @@ def one_step(rank: int, processes: int, prepared: Prepared, folder: Path) -> Non
                folder / f"{rank} of {processes}")
 
 
+def test_an_encoder_of_somebody_s_own_classifier(prepared: Prepared, tmp_path: Path) -> None:
+    """Ten classes, in the form in which PyTorch's ImageNet example saves what it trains on several GPUs."""
+    classifier = torchvision.models.get_model(ENCODER, num_classes=10)
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
+    torch.save({"epoch": 3, "arch": ENCODER, "state_dict": nn.DataParallel(classifier).state_dict(),
+                "best_acc1": np.float64(0.7), "optimizer": optimizer.state_dict()}, tmp_path / "mine.pth.tar")
+    setting = setting_of(prepared, tmp_path, "--encoder_weights", tmp_path / "mine.pth.tar")
+    encoder = train.build_training(setting, 1, None).captioner.encoder
+    assert all(map(torch.equal, encoder.resnet.state_dict().values(), classifier.features.state_dict().values()))
+    setting.args.encoder = "resnet18"
+    with pytest.raises(InputError, match=r"--encoder resnet18 --encoder_weights .*mine.pth.tar: .*0 of the trunk's 1"):
+        train.build_training(setting, 1, None)
+
+
+def test_an_optimizer_s_state_that_does_not_fit_begins_anew(prepared: Prepared, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody else's SGD, another model's averages, or none; the weights do not need them."""
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 1)
+    path = tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+    state = load(tmp_path, prepared)
+    setting = setting_of(prepared, tmp_path)
+    averages = state["training"]["optimizers"]["decoder"]
+    state["training"]["optimizers"]["decoder"] = averages
+    good = train.build_training(setting, 1, state).optimizers["decoder"].state_dict()["state"]
+    assert good and "anew" not in capsys.readouterr().out
+    parameter = [nn.Parameter(torch.zeros(3))]
+    for other in (torch.optim.SGD(parameter, lr=0.1).state_dict(), {**averages, "state": {0: {
+            **averages["state"][0], "exp_avg": torch.zeros(3)}}}, {**averages, "state": {0: {"momentum_buffer": None}}},
+            {}, None):
+        state["training"]["optimizers"]["decoder"] = other
+        assert not train.build_training(setting, 1, state).optimizers["decoder"].state_dict()["state"]
+        assert "of the decoder's Adam does not fit the weights, so it begins anew" in capsys.readouterr().out
+    torch.save(state, path)
+    (_, row) = run(prepared, tmp_path, "--stage", 1, "--checkpoint", path)
+    assert row["epoch"] == 2
+
+
 def setting_of(prepared: Prepared, folder: Path, *more: object) -> train.Run:
     """What train.py has before its first stage."""
     args = train.get_parser().parse_args(flags(prepared, folder, "--alpha_c", 0.7, "--grad_clip", 1e-3,

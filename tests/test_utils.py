@@ -1,5 +1,11 @@
 """What the scripts share: devices and embeddings are checked."""
 
+import bz2
+import gzip
+import io
+import lzma
+import struct
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -185,8 +191,8 @@ def test_words_without_embedding_get_random_ones(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("red 1 2 3\na 1 2\n", "line 2: 2 numbers where the lines before have 3"),
-    ("red 1 2 3\na 1 2 3 4\n", "line 2: 4 numbers where the lines before have 3"),
+    ("red 1 2 3\na 1 2\n", "line 2: 2 numbers where most lines have 3"),
+    ("red 1 2 3\na 1 2 3 4\n", "line 2: 4 numbers where most lines have 3"),
     ("the 1 2 3\nof\n", "line 2: 0 numbers"), ("red 1 2 x\n", "line 1: .*'x'"), ("red 1 2\n\na 3 x\n", "line 3"),
     ("blue 1 2\n", "no word of the vocabulary"), ("", "no word"), ("red\na\n", "no word"), ("3 2\n", "no word")])
 def test_a_file_of_other_than_embeddings_is_named_with_its_line(text, message, tmp_path):
@@ -194,6 +200,51 @@ def test_a_file_of_other_than_embeddings_is_named_with_its_line(text, message, t
     with pytest.raises(InputError, match=message) as error:
         load_embeddings(path, WORDS)
     assert str(path) in str(error.value) and "GloVe" in str(error.value) and "\n" not in str(error.value)
+
+
+# Each stands before, between or behind the lines of two words of ours.
+ODD_LINES = {"a broken byte": b"bl\xfce 1 2 3\n", "another number of numbers": b"blue 1 2\n", "no numbers": b"blue\n",
+             "words": b"# made by me\n", "a number that is none": b"blue 1 x nan\n", "nothing": b"\t \n",
+             "a word of ours, and more": b"of mice and men 1 2 3\n", "no end": b"blue 1 2"}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("odd", ODD_LINES)
+def test_lines_of_other_words_cannot_stop_it(odd, place, tmp_path):
+    lines = [b"red 0.5 -1 2e-1\n", b"a 1 2 3\n"]
+    lines.insert(place, ODD_LINES[odd] + b"\n")
+    (tmp_path / "glove.txt").write_bytes(b"".join(lines))
+    embeddings, found = load_embeddings(tmp_path / "glove.txt", WORDS)
+    assert found == 2 and torch.equal(embeddings[[1, 2]], torch.tensor([[1, 2, 3], [0.5, -1, 0.2]]))
+
+
+@pytest.mark.parametrize("text", ["\ufeffred 0.5 -1 2e-1\na 1 2 3\n", "red\t0.5\t-1\t2e-1\na\t1 2 3\n",
+                                  "red 0.5 -1 2e-1\r\na 1 2 3\r\n", "red  0.5  -1 2e-1\n a 1 2 3\n",
+                                  "red 0.5 -1 2e-1\na 1 2 3\nred 1 x\n"],
+                         ids=["a byte order mark", "tabs", "Windows", "more spaces", "again, and broken"])
+def test_other_forms_of_the_text(text, tmp_path):
+    embeddings, found = load_embeddings(glove(tmp_path, text), WORDS)
+    assert found == 2 and torch.equal(embeddings[[1, 2]], torch.tensor([[1, 2, 3], [0.5, -1, 0.2]]))
+
+
+def zipped(content: bytes) -> bytes:
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        archive.writestr("glove.txt", content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("pack, words", [
+    (zipped, ["zip archive", "unpack it"]), (gzip.compress, ["gzip", "unpack it"]),
+    (bz2.compress, ["bzip2", "unpack it"]), (lzma.compress, ["xz", "unpack it"]),
+    (lambda _: b"2 3\nred " + struct.pack("<3f", 1, 2, 3), ["binary", ".vec"]),
+    (lambda _: struct.pack("<ii", 793712314, 12), ["binary", ".vec"]),
+    (lambda content: content.decode().encode("utf-16"), ["UTF-16", "UTF-8"])],
+    ids=["zip", "gzip", "bzip2", "xz", "word2vec's .bin", "fastText's .bin", "UTF-16"])
+def test_a_container_is_named(pack, words, tmp_path):
+    content = b"red 0.5 -1 2e-1\na 1 2 3\n"
+    (tmp_path / "vectors").write_bytes(pack(content))
+    with refused("vectors is ", *words):
+        load_embeddings(tmp_path / "vectors", WORDS)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00red", None])
