@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import sys
 from contextlib import suppress
 from datetime import timedelta
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safety.errors import InputError
+from safety.processes import Place, place_among_processes
 from safety.signals import SIGNALS  # the numbers of those that came
 
 
@@ -27,13 +27,17 @@ class World(NamedTuple):
     device: torch.device
 
 
-def setup_world(device: str | None, precision: str | None) -> tuple[World, str]:
+def setup_world(device: str | None, precision: str | None, join: bool = True) -> tuple[World, str]:
     """Joins the other processes, if torchrun started several, and chooses device and precision.
 
     The precision is bfloat16 on a GPU that has it and float32 elsewhere, unless the user says otherwise.
+
+    Args:
+        join: False where one process is all that is needed, whatever the environment says.
     """
-    chosen = choose_device(device)
-    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), chosen)
+    place = place_among_processes() if join else Place()
+    chosen = choose_device(device, place)
+    world = World(place.rank, place.size, chosen)
     if chosen.type == "cpu":
         keep_freed_memory()
     if world.size > 1 and not dist.is_initialized():
@@ -46,15 +50,14 @@ def setup_world(device: str | None, precision: str | None) -> tuple[World, str]:
     return world, precision
 
 
-def choose_device(device: str | None) -> torch.device:
+def choose_device(device: str | None, place: Place) -> torch.device:
     """The device of that name, by default a GPU of this process's own or the CPU, once it is known to work."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda":
-            if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            if chosen.index is not None and place.local_size > 1:
                 raise InputError(f"--device {device}: each process takes a GPU of its own; leave the flag out")
-            local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+            chosen = torch.device("cuda", place.local_rank if chosen.index is None else chosen.index)
             torch.cuda.set_device(chosen)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
