@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from datasets import IMAGE_SIZE, read_image
 from safety.errors import InputError
 from safety.files import naming_write_errors
+from safety.hdf5 import open_hdf5
 from safety.pictures import check_pixels, unreadable_error
 from safety.signals import ignore_signals
 from utils import progress_bar
@@ -43,7 +43,7 @@ class PixelWriter(Dataset):
 def write_images(archive: Path, split: str, paths: Sequence[Path], image_ids: Sequence[int],
                  attributes: dict[str, Any], workers: int) -> None:
     """Writes `images`, (I, 3, 256, 256) uint8, and `image_ids`, (I,); refuses pictures that are damaged or blank."""
-    with naming_write_errors(archive), h5py.File(archive, "w") as file:
+    with naming_write_errors(archive), open_hdf5(archive, "w") as file:
         file.attrs.update(attributes)
         file["image_ids"] = np.array(image_ids, dtype=np.int64)
         images = file.create_dataset("images", (len(paths), 3, IMAGE_SIZE, IMAGE_SIZE), dtype="uint8")
@@ -64,5 +64,5 @@ def write_images(archive: Path, split: str, paths: Sequence[Path], image_ids: Se
                         raise error
     if any(errors):
         raise unreadable_error([(path, error) for path, error in zip(paths, errors, strict=True) if error])
-    with h5py.File(archive, "r") as file:
+    with open_hdf5(archive) as file:
         check_pixels(file["images"], f"{split} ({paths[0]}, ...)")
