@@ -239,17 +239,16 @@ def teacher_forced_bleu(dataset: CaptionDataset, predicted: list[list[list[int]]
         return 100 * float(bleu_score.corpus_bleu(references, [words for picture in predicted for words in picture]))
 
 
-def validate_epoch(run: Run, training: Training, batch_size: int) -> dict[str, Any]:
-    """The second half of the log's row, with three captions to look at on the way."""
+def validate_epoch(run: Run, training: Training, batch_size: int) -> tuple[dict[str, Any], list[str]]:
+    """The second half of the log's row, and lines with three captions to look at."""
     losses, bleu4_teacher_forced, captions = validate(training.captioner, run.val, run.world,
                                                       max(1, batch_size // run.val.cpi), run.args.workers)
-    for i in shown_pictures(run.val):
-        run.print0(printable(f"  picture {i}: {' '.join(captions[i])}   "
-                             f"(people: {' '.join(run.val_references[i][0])})"))
+    lines = [printable(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})")
+             for i in shown_pictures(run.val)]
     return {"val_loss": mean_loss(losses, run.args.alpha_c), "val_cross_entropy": losses.cross_entropy / losses.words,
             "val_doubly_stochastic": losses.doubly_stochastic / losses.captions,
             "val_top5": 100 * losses.top5 / losses.words, "bleu4": bleu(run.val_references, captions)[3],
-            "bleu4_teacher_forced": bleu4_teacher_forced}
+            "bleu4_teacher_forced": bleu4_teacher_forced}, lines
 
 
 # ---- the stages ------------------------------------------------------------------------------------------------------
@@ -276,7 +275,8 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
     while progress.epoch < epochs and progress.epochs_since_improvement < PATIENCE:
         row = train_epoch(run, training, loader, progress)
         began = time.monotonic()
-        row |= validate_epoch(run, training, batch_size)
+        scores, examples = validate_epoch(run, training, batch_size)
+        row |= scores
         row["seconds"] += time.monotonic() - began
         # One epoch more is done: the row goes into progress.log, best and patience are brought up to date.
         improved = progress.finish_epoch(row)
@@ -286,6 +286,7 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
         save(run, training, progress, improved)
         if world.rank == 0:
             draw_gaze(training.captioner, run.val, run.files.gaze, f"epoch {len(progress.log)}")
+        run.print0(*examples, sep="\n")  # only now, with all in its files
         run.print0(f"stage {stage}, epoch {progress.epoch} of {epochs}: train loss {row['train_loss']:.3f}, val loss "
                    f"{row['val_loss']:.3f} ({row['val_cross_entropy']:.3f} words, {row['val_doubly_stochastic']:.3f} "
                    f"attention), top-5 {row['val_top5']:.1f} %, BLEU-4 {row['bleu4']:.2f} generated "
