@@ -6,9 +6,9 @@
     python train.py --checkpoint auto                      # resumes the run in this folder, or begins one
     sbatch recipes/slurm.sh                                # two nodes of four GPUs under Slurm
 
-Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint. Ctrl-C
-and SIGTERM save one too, and say how to resume. Started like this, it resumes by itself where a process failed (the
-variable lets restarted processes find each other):
+Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint. Ctrl-C,
+SIGTERM and a terminal that goes away save one too, and say how to resume. Started like this, it resumes by itself where
+a process failed (the variable lets restarted processes find each other):
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=8 --max_restarts=3 train.py
 

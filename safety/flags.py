@@ -60,7 +60,9 @@ def misread(arguments: Sequence[str], parser: argparse.ArgumentParser) -> str | 
         name = word.partition("=")[2] if word.startswith("--") else word
         if re.match(r"\w\w+://", name):
             return f"{name}: addresses are not fetched; save what is there, and name the file"
-        like_a_file = os.path.lexists(word) or re.fullmatch(r"-[^-.\d].*\.\w+", word)
-        if word.startswith("-") and word.split("=")[0] not in parser._option_string_actions and like_a_file:
+        # -iphoto.jpg may mean photo.jpg.
+        like_a_file = re.fullmatch(r"-[^-.\d].*\.\w+", word) and not os.path.lexists(word[2:])
+        if (word.startswith("-") and word.split("=")[0] not in parser._option_string_actions
+                and (os.path.lexists(word) or like_a_file)):
             return f"{word}: a file whose name begins with - needs ./ before it: ./{word}"
     return None

@@ -63,7 +63,7 @@ def converse(to_java: IO[str], from_java: IO[str], references: Sequence[Sequence
 
 def end(process: subprocess.Popen[str]) -> None:
     with suppress(OSError):  # it has ended
-        if os.name == "posix":
+        if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()

@@ -244,7 +244,7 @@ def test_what_is_left_of_torchrun_is_not_taken_for_it(prepared: Prepared, tmp_pa
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="feigned with Linux's LD_PRELOAD")
 def test_a_file_system_without_maps_and_locks_is_enough(prepared: Prepared, tmp_path: Path) -> None:
-    """From pictures to a model, with kept features and a worker, under a folder where maps and locks fail."""
+    """From pictures to captions, with kept features and a worker, under a folder where maps and locks fail."""
     shim, there = tmp_path / "shim.so", tmp_path / "network"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, HERE / "fixtures" / "no_maps_no_locks.c", "-ldl"],
                    check=True)
@@ -253,20 +253,25 @@ def test_a_file_system_without_maps_and_locks_is_enough(prepared: Prepared, tmp_
     prepare = ["--dataset", "shapes", "--karpathy_json_path", prepared.json_path, "--image_folder", prepared.pictures,
                "--min_word_freq", 0, "--output_folder", data.folder, "--workers", 1]
     learn = flags(data, there / "out", "--stage", 1, "--epochs", 1, "--cache_features", "--workers", 1)
+    model = there / "out" / f"BEST_checkpoint_{prepared.name}.pth.tar"
+    say = ["--img", prepared.pictures, "--model", model, "--device", "cpu", "--max_len", 3, "--out", there / "x.html"]
+    commands = [("create_input_files", prepare), ("train", learn), ("caption", say)]
     done = subprocess.run([sys.executable, "-c", f"""
-import create_input_files, mmap, train
+import importlib, mmap
 with open({str(there / "probe")!r}, "w+b") as probe:
     probe.truncate(1)
     try:
         mmap.mmap(probe.fileno(), 1)
     except OSError as error:
         print(error)
-for module, arguments in ((create_input_files, {[str(each) for each in prepare]}), (train, {learn})):
-    module.main(module.get_parser().parse_args(arguments))
+for name, arguments in {[(name, [str(each) for each in arguments]) for name, arguments in commands]}:
+    script = importlib.import_module(name)
+    script.main(script.get_parser().parse_args(arguments))
 """], env={**os.environ, "FEIGNED": str(there), "LD_PRELOAD": str(shim)}, cwd=HERE.parent, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[Errno 19]") and "stage 1 is over" in done.stdout
+    assert (there / "x.html").is_file()
     for path in data.folder.glob("*.json"):
         assert path.read_bytes() == (prepared.folder / path.name).read_bytes()
     for split in ("TRAIN", "VAL", "TEST"):
@@ -455,10 +460,11 @@ def test_a_name_that_begins_with_a_dash_needs_a_folder(command: Any, before: lis
 @pytest.mark.usefixtures("here")
 def test_with_its_folder_it_is_a_name(command: Any, model: Path) -> None:
     rest = ["--model", model, "--max_len", 1, "--device", "cpu", "--json", "./-results.json"]
-    for flag in (["--img", "./-mountain.jpg"], ["--img=-mountain.jpg"], ["-i", "./-*.jpg"]):
+    for flag in (["--img", "./-mountain.jpg"], ["--img=-mountain.jpg"], ["-i", "./-*.jpg"], ["-i=-mountain.jpg"]):
         assert command(caption, *flag, *rest, "-b", 3) == (0, "")
         [found] = json.loads(Path("-results.json").read_text())
         assert Path(found["image"]) == Path("-mountain.jpg")
+    assert command(caption, "-iphoto.jpg", *rest, "-b3") == (0, "")
 
 
 @pytest.mark.parametrize(("script", "arguments", "name"), [
