@@ -61,7 +61,7 @@ def test_the_scripts_run_without_what_other_systems_lack(tmp_path: Path) -> None
     commands = [
         ["create_input_files", "--dataset", "shapes", "--karpathy_json_path", captions, "--image_folder",
          shapes.pictures, "--min_word_freq", 0, "--output_folder", shapes.folder, "--workers", 1],
-        ["train", *flags(shapes, tmp_path / "out", "--stage", 1, "--epochs", 1, "--workers", 1, "--cache_features")],
+        ["train", *flags(shapes, tmp_path / "out", "--epochs", 1, "--workers", 1, "--cache_features")],
         ["eval", "--checkpoint", best, "--data_folder", shapes.folder, "--data_name", shapes.name, "--split", "VAL",
          "--out", tmp_path / "scores", *search],
         ["caption", "--model", best, "--img", shapes.pictures, "--out", tmp_path / "page.html", *search]]
