@@ -15,11 +15,11 @@ The checkpoint alone is enough; without --model, the one BEST_checkpoint_*.pth.t
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import glob
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -28,8 +28,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":
-    gc.disable()  # speed, skip it: garbage collection among half a million objects of PyTorch's takes 0.4 s
+if __name__ == "__main__":      # speed, skip it: garbage collection among half a million objects of PyTorch's takes
+    gc.disable()                # 0.4 s until the model is loaded
+    atexit.register(gc.freeze)  # and 0.8 s at Python's end
 
 import numpy as np
 import torch
@@ -235,7 +236,7 @@ def load(model: str | Path, word_map: str | Path | None = None, device: str | No
     Raises:
         InputError: no such file, no checkpoint that can be read safely, or no such device.
     """
-    world, precision = setup_world(device, precision)
+    world, precision = setup_world(device, precision, join=False)
     checkpoint = load_checkpoint(model, read_word_map(word_map) if word_map else None)
     encoder, decoder = (each.to(world.device) for each in restore(checkpoint, model))
     return Captioner(encoder, decoder, checkpoint["word_map"], precision)
@@ -360,6 +361,9 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
             paths = [path]
         elif path.is_dir():
             paths, rest = pictures_of(path)
+        elif path.exists() or pattern == "-":
+            raise InputError(f"--img {pattern}: a pipe, and a picture is read more than once; save it, and name the "
+                             "file")
         else:
             paths = [Path(each) for each in sorted(glob.glob(pattern, recursive=True)) if Path(each).is_file()]
             rest = "" if paths else there_instead(path)
@@ -396,6 +400,13 @@ def find_model() -> Path:
     return found[0]
 
 
+def result_of(path: Path, captions: Sequence[Caption]) -> dict[str, Any]:
+    """A picture's captions as they stand in the JSON."""
+    return {"image": str(path), "captions": [
+        {"caption": " ".join(each.words), "log_prob": each.log_prob, "finished": each.finished,
+         "word_log_probs": each.word_log_probs} for each in captions]}
+
+
 def line_of(path: Path, caption: Caption, probabilities: bool) -> str:
     """A caption as it stands in the terminal."""
     words = caption.words
@@ -419,37 +430,41 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     results, shown, rev_word_map = [], [], reverse(model.word_map)
     unreadable: list[tuple[Path, InputError]] = []
+    lines: list[str] = []  # to be printed, once the files that hold the same are written
     starts = range(0, len(pictures), args.batch_size)
     bar = progress_bar(starts, "captions", "batch", len(starts) > 1)
-    for i in bar:
-        batch = pictures[i:i + args.batch_size]
-        pixels = [try_to_read(path) for path in batch]
-        for path, seen, captions in zip(batch, pixels, caption_read(model, pixels, search), strict=True):
-            if isinstance(captions, InputError):
-                unreadable.append((path, captions))
-                continue
-            if is_one_colour(seen):
-                bar.write(printable(f"warning: {path} is of one colour; what is said of it means nothing"), sys.stderr)
-            results.append({"image": str(path), "captions": [
-                {"caption": " ".join(each.words), "log_prob": each.log_prob, "finished": each.finished,
-                 "word_log_probs": each.word_log_probs} for each in captions]})
-            if args.json != "-":
-                for each in captions:
-                    bar.write(line_of(path, each, args.probabilities))
-            if page:
-                shown.append(html_figure(path, path.name, captions))
-            elif figures:
-                draw_figure(path, figures[path], captions[0], rev_word_map, args.smooth)
-    if not results:
-        raise unreadable_error(unreadable, others_exist=False)
-    if page:
-        write_page(args.out, "What the model saw", {"": shown}, args.smooth)
-    text = printable(json.dumps(results, indent=2, ensure_ascii=False))  # file names may hold unprintable characters
+    try:
+        for i in bar:
+            batch = pictures[i:i + args.batch_size]
+            pixels = [try_to_read(path) for path in batch]
+            for path, seen, captions in zip(batch, pixels, caption_read(model, pixels, search), strict=True):
+                if isinstance(captions, InputError):
+                    unreadable.append((path, captions))
+                    continue
+                if is_one_colour(seen):
+                    bar.write(printable(f"warning: {path} is of one colour; what is said of it means nothing"),
+                              sys.stderr)
+                results.append(result_of(path, captions))
+                lines += [line_of(path, each, args.probabilities) for each in captions if args.json != "-"]
+                if page:
+                    shown.append(html_figure(path, path.name, captions))
+                elif figures:
+                    draw_figure(path, figures[path], captions[0], rev_word_map, args.smooth)
+            while lines and not (args.json or page):
+                bar.write(lines.pop(0))
+        if not results:
+            raise unreadable_error(unreadable, others_exist=False)
+        if page:
+            write_page(args.out, "What the model saw", {"": shown}, args.smooth)
+        text = printable(json.dumps(results, indent=2, ensure_ascii=False))  # names may hold unprintable characters
+        if args.json not in (None, "-"):
+            with atomic_write(args.json) as file:
+                file.write(text + "\n")
+    finally:  # what was found is seen, whatever becomes of files
+        for line in lines:
+            bar.write(line)
     if args.json == "-":
         print(text)
-    elif args.json:
-        with atomic_write(args.json) as file:
-            file.write(text + "\n")
     if unreadable and not args.skip_unreadable:
         raise unreadable_error(unreadable, others_exist=True)
     if unreadable:
@@ -458,5 +473,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    run_script(main, get_parser())
-    os._exit(0)  # speed, skip it: all is written and flushed, and to take PyTorch's objects apart takes 0.9 s
+    try:
+        run_script(main, get_parser())
+    finally:
+        gc.enable()  # where it failed before: the process may be a notebook's, and lives on

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from PIL import Image
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from safety.checkpoints import check_word_map
 from safety.errors import InputError, UsageError, reason
-from safety.hdf5 import open_array, own_array, own_ids
+from safety.hdf5 import open_array, open_hdf5, own_array, own_ids
 from safety.metadata import ORIENTATION, orientation, without_metadata, without_warnings
 from safety.pictures import there_instead
 from safety.signals import ignore_signals
@@ -269,7 +268,7 @@ class CaptionDataset(Dataset):
         try:
             self.captions = np.array(captions, dtype=np.int32).reshape(len(captions), -1 if captions else 0)
             self.caplens = np.array(lengths, dtype=np.int32).reshape(len(lengths))    # (captions,)
-            with h5py.File(self.path, "r") as file:
+            with open_hdf5(self.path) as file:
                 self.cpi = int(file.attrs["captions_per_image"])
                 images = own_array(file, "images")  # not by a link of HDF5, which may lead to any other file
                 self.n_images = len(images)
@@ -278,6 +277,8 @@ class CaptionDataset(Dataset):
         except BlockingIOError as error:
             raise InputError(f"{self.path}: another program is writing it; try again when it is done") from error
         except (OSError, KeyError, ValueError, TypeError, ArithmeticError) as error:
+            if getattr(error, "errno", None):
+                raise  # the system's refusal: it says nothing of what is in the file
             raise InputError(f"{self.path}, or the captions beside it, cannot be read ({reason(error)}); make them "
                              "again with create_input_files.py --overwrite") from error
         if misfit := self._misfit(pixels, n_words):

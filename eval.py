@@ -13,7 +13,6 @@ import argparse
 import json
 import shutil
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from nltk.translate import bleu_score
 from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
 from caption import Captioner, Search, add_search_flags, caption_images, caption_pixels
@@ -36,6 +34,7 @@ from safety.devices import cpu_advice
 from safety.errors import InputError, UsageError, printable, reason, run_script
 from safety.files import atomic_write, unwritable
 from safety.flags import integer
+from safety.meteor import meteor_score
 from safety.words import words_in
 from utils import World, add_device_flags, broadcast, gather_in_order, loader_workers, progress_bar, setup_world
 
@@ -83,15 +82,9 @@ def meteor(references: References, captions: Sequence[Sequence[str]]) -> float |
     # It takes punctuation apart, and the brackets of <unk> would match other brackets.
     captions = [["xunkx" if word == "<unk>" else word for word in words] for words in captions]
     try:
-        scorer = Meteor()
-        with scorer.meteor_p as process:  # closes the pipes
-            try:
-                return 100 * scorer.compute_score(*_coco(references, captions))[0]
-            finally:
-                process.kill()
-                scorer.lock = threading.Lock()  # a failure leaves it locked, and the destructor would wait for ever
-    except (OSError, ValueError) as error:
-        print(f"METEOR is left out: its Java program failed ({error})", file=sys.stderr)
+        return 100 * meteor_score(references, captions)
+    except OSError as error:
+        print(printable(f"METEOR is left out: its Java program failed ({error})"), file=sys.stderr)
         return None
 
 
@@ -150,9 +143,8 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
 
 
 def write_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Prints the table, and writes it where the flags want it."""
+    """Writes the table where the flags want it."""
     text = json.dumps(rows, indent=2)
-    print(text if args.json == "-" else markdown(rows))  # first: what was computed is seen, whatever becomes of files
     if args.json not in (None, "-"):
         with atomic_write(args.json) as file:
             file.write(text + "\n")
@@ -293,17 +285,20 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                      "unfinished": sum(not each.finished for each in captions) / len(captions), "seconds": seconds,
                      "images/s": len(captions) / seconds})
         sentences = [" ".join(each.words) for each in captions]
-        for warning in (warn_if_collapsed(sentences), warn_if_endless(rows[-1]["unfinished"], search.beam_size)):
-            if warning:
-                print(printable(warning), file=sys.stderr)
         if args.out:
             with atomic_write(Path(args.out) / f"captions_{args.split}_beam{search.beam_size}.json") as file:
                 json.dump([{"image_id": image_id, "caption": sentence} for image_id, sentence
                            in zip(dataset.image_ids, sentences, strict=True)], file)
+        for warning in (warn_if_collapsed(sentences), warn_if_endless(rows[-1]["unfinished"], search.beam_size)):
+            if warning:
+                print(printable(warning), file=sys.stderr)
     if is_main:
-        write_table(args, rows)
-        if args.gallery:
-            write_gallery(args, model, dataset, references, captions)
+        try:
+            write_table(args, rows)
+            if args.gallery:
+                write_gallery(args, model, dataset, references, captions)
+        finally:  # what was computed is seen, whatever becomes of files
+            print(json.dumps(rows, indent=2) if args.json == "-" else markdown(rows))
     return rows
 
 

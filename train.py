@@ -6,9 +6,9 @@
     python train.py --checkpoint auto                      # resumes the run in this folder, or begins one
     sbatch recipes/slurm.sh                                # two nodes of four GPUs under Slurm
 
-Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint. Ctrl-C
-and SIGTERM save one too, and say how to resume. Started like this, it resumes by itself where a process failed (the
-variable lets restarted processes find each other):
+Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint. Ctrl-C,
+SIGTERM and a terminal that goes away save one too, and say how to resume. Started like this, it resumes by itself where
+a process failed (the variable lets restarted processes find each other):
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=8 --max_restarts=3 train.py
 
@@ -252,17 +252,16 @@ def teacher_forced_bleu(dataset: CaptionDataset, predicted: list[list[list[int]]
         return 100 * float(bleu_score.corpus_bleu(references, [words for picture in predicted for words in picture]))
 
 
-def validate_epoch(run: Run, training: Training, loader: DataLoader) -> dict[str, Any]:
-    """The second half of the log's row, with three captions to look at on the way."""
+def validate_epoch(run: Run, training: Training, loader: DataLoader) -> tuple[dict[str, Any], list[str]]:
+    """The second half of the log's row, and lines with three captions to look at."""
     losses, bleu4_teacher_forced, captions = validate(training.captioner, run.val, loader, run.world)
-    for i in shown_pictures(run.val):
-        run.print0(printable(f"  picture {i}: {' '.join(captions[i])}   "
-                             f"(people: {' '.join(run.val_references[i][0])})"))
+    lines = [printable(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})")
+             for i in shown_pictures(run.val)]
     return {"val_loss": mean_loss(losses, run.args.alpha_c), "val_cross_entropy": losses.cross_entropy / losses.words,
             "val_doubly_stochastic": losses.doubly_stochastic / losses.captions,
             "val_top5": 100 * losses.top5 / losses.words,
             "bleu4": broadcast(bleu(run.val_references, captions)[3] if run.world.rank == 0 else None, run.world),
-            "bleu4_teacher_forced": bleu4_teacher_forced}
+            "bleu4_teacher_forced": bleu4_teacher_forced}, lines
 
 
 # ---- the stages ------------------------------------------------------------------------------------------------------
@@ -291,7 +290,8 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
     while progress.epoch < epochs and progress.epochs_since_improvement < PATIENCE:
         row = train_epoch(run, training, loader, progress)
         began = time.monotonic()
-        row |= validate_epoch(run, training, val_loader)
+        scores, examples = validate_epoch(run, training, val_loader)
+        row |= scores
         row["seconds"] += time.monotonic() - began
         # One epoch more is done: the row goes into progress.log, best and patience are brought up to date.
         improved = progress.finish_epoch(row)
@@ -301,6 +301,7 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
         save(run, training, progress, improved)
         if world.rank == 0:
             draw_gaze(training.captioner, run.val, run.files.gaze, f"epoch {len(progress.log)}")
+        run.print0(*examples, sep="\n")  # only now, with all in its files
         run.print0(f"stage {stage}, epoch {progress.epoch} of {epochs}: train loss {row['train_loss']:.3f}, val loss "
                    f"{row['val_loss']:.3f} ({row['val_cross_entropy']:.3f} words, {row['val_doubly_stochastic']:.3f} "
                    f"attention), top-5 {row['val_top5']:.1f} %, BLEU-4 {row['bleu4']:.2f} generated "

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from safety.devices import unusable_device
 from safety.errors import InputError, UsageError
+from safety.processes import Place, place_among_processes
 from safety.signals import SIGNALS  # the numbers of those that came
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # of --precision
@@ -33,10 +34,15 @@ class World(NamedTuple):
     device: torch.device
 
 
-def setup_world(device: str | None, precision: str | None) -> tuple[World, str]:
-    """Joins the other processes, if torchrun started several, and chooses device and precision."""
-    chosen = choose_device(device)
-    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), chosen)
+def setup_world(device: str | None, precision: str | None, join: bool = True) -> tuple[World, str]:
+    """Joins the other processes, if torchrun started several, and chooses device and precision.
+
+    Args:
+        join: False where one process is all that is needed, whatever the environment says.
+    """
+    place = place_among_processes() if join else Place()
+    chosen = choose_device(device, place)
+    world = World(place.rank, place.size, chosen)
     if chosen.type == "cpu":
         keep_freed_memory()
     if world.size > 1 and not dist.is_initialized():
@@ -48,17 +54,16 @@ def setup_world(device: str | None, precision: str | None) -> tuple[World, str]:
     return world, precision
 
 
-def choose_device(device: str | None) -> torch.device:
+def choose_device(device: str | None, place: Place) -> torch.device:
     """The device of that name, by default a GPU of this process's own or the CPU, once it is known to work."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type not in {"cuda", "cpu"}:
             raise UsageError(f"--device {device}: not tried yet, only cuda and cpu; leave the flag out")
         if chosen.type == "cuda":
-            if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            if chosen.index is not None and place.local_size > 1:
                 raise InputError(f"--device {device}: each process takes a GPU of its own; leave the flag out")
-            local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+            chosen = torch.device("cuda", place.local_rank if chosen.index is None else chosen.index)
             torch.cuda.set_device(chosen)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:

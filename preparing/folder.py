@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from datasets import IMAGE_SIZE
 from safety.errors import InputError
 from safety.files import naming_write_errors, remove_stale, temporary_folder
+from safety.hdf5 import open_hdf5
 
 JSON_FILES = ("CAPTIONS", "CAPLENS", "REFERENCES")
 
@@ -48,13 +47,14 @@ def is_done(folder: Path, base: str, made_from: str, overwrite: bool, pictures: 
         try:
             inputs = set()
             for path in archives:
-                with h5py.File(path, "r") as file:
+                with open_hdf5(path) as file:
                     inputs.add(file.attrs.get("made_from"))
             if inputs == {made_from}:
                 return True
             since = changed_since(folder, base, pictures)
-        except (OSError, TypeError, ValueError):
-            pass  # damaged: as good as made from something else
+        except (OSError, TypeError, ValueError) as error:  # damaged: as good as made from something else
+            if getattr(error, "errno", None):
+                raise  # the system's refusal: it says nothing of what is in the files
     raise InputError(f"{folder} holds files named {base} that are not whole or were made from other pictures, captions "
                      f"or settings{since}; replace them with --overwrite, or name another --output_folder")
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from datasets import IMAGE_SIZE, read_image
 from safety.errors import InputError, printable
 from safety.files import naming_write_errors
+from safety.hdf5 import open_hdf5
 from safety.pictures import check_pixels, counted, is_one_colour, unreadable_error
 from safety.signals import ignore_signals
 from utils import progress_bar
@@ -50,7 +50,7 @@ def write_images(archive: Path, split: str, paths: Sequence[Path], image_ids: Se
     """
     with naming_write_errors(archive), open(archive, "wb") as file:
         file.truncate(len(paths) * (3 * IMAGE_SIZE ** 2 + 8) + 10_000)  # where that fails, HDF5 would crash
-    with naming_write_errors(archive), h5py.File(archive, "w") as file:
+    with naming_write_errors(archive), open_hdf5(archive, "w") as file:
         file.attrs.update(attributes)
         file["image_ids"] = np.array(image_ids, dtype=np.int64)
         images = file.create_dataset("images", (len(paths), 3, IMAGE_SIZE, IMAGE_SIZE), dtype="uint8")
@@ -77,7 +77,7 @@ def write_images(archive: Path, split: str, paths: Sequence[Path], image_ids: Se
         print(printable(f"{split}: {counted(list(unreadable), 'left out, which cannot be read')}"))
         write_images(archive, split, [paths[i] for i in kept], [image_ids[i] for i in kept], attributes, workers)
         return set(unreadable)
-    with h5py.File(archive, "r") as file:
+    with open_hdf5(archive) as file:
         check_pixels(file["images"], f"{split} ({paths[0]}, ...)")
     if blank := [path for path, result in zip(paths, results, strict=True) if result]:
         print(printable(f"{split}: {counted(blank, 'of one colour; look at them')}"))

@@ -47,6 +47,8 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None, ma
     except InputError:
         raise
     except Exception as error:  # a damaged file can fail in any way
+        if getattr(error, "errno", None):
+            raise  # the system's refusal: it says nothing of what is in the file
         raise InputError(f"{path}: refused, this is no checkpoint that can be read whole and safely ({reason(error)}); "
                          "get the file again, or name another") from error
     _check_parts(state, path)

@@ -2,12 +2,16 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
+import json
 import os
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from safety.flags import misread
 from safety.signals import SIGNALS, Stopped, handle_signals, raise_stopped
 
 REPOSITORY = Path(__file__).parent.parent
@@ -30,20 +35,21 @@ class UsageError(InputError):
 
 def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser,
                resume_hint: Callable[[argparse.Namespace], str] = lambda _: "stopped") -> None:
-    """Runs a script. A failure is one line and exit status 1, a wrong flag one line and 2; Ctrl-C exits with 130,
-    SIGTERM with 143.
+    """Runs a script. A failure is one line and exit status 1, a wrong flag one line and 2; a signal ends it with 128
+    and the signal's number (Ctrl-C: 130).
 
     Args:
         resume_hint: what to say when the script was stopped.
     """
+    make_everything_printable()
     parser.add_argument("--debug", action="store_true", help="show where in the code a failure arose")
     parser.error = lambda message: parser.exit(2, printable(f"{parser.prog}: {message} (--help tells the flags)\n"))
+    if refusal := misread(sys.argv[1:], parser):
+        parser.error(refusal)
     args = parser.parse_args()
     debug = vars(args).pop("debug")
-    SIGNALS.clear()
     unraisable = sys.unraisablehook  # called with what is raised in destructors; a stop is in SIGNALS all the same
     sys.unraisablehook = lambda lost: None if lost.exc_type is Stopped else unraisable(lost)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where nobody listens
     try:
         with handle_signals(raise_stopped):
             main(args)
@@ -53,8 +59,9 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
     except (KeyboardInterrupt, Exception) as error:
         drop_what_cannot_be_printed()
         if SIGNALS or isinstance(error, KeyboardInterrupt):  # any failure after a signal is its consequence
-            if os.environ.get("RANK", "0") == "0":           # one line from all processes
-                print(printable(f"\n{parser.prog}: {resume_hint(args)}"), file=sys.stderr)
+            if not dist.is_initialized() or dist.get_rank() == 0:  # one line from all processes
+                with suppress(OSError):                      # a terminal that went away
+                    print(printable(f"\n{parser.prog}: {resume_hint(args)}"), file=sys.stderr)
             release_frames(error)
             sys.exit(128 + (error.args[0] if isinstance(error, Stopped) else [*SIGNALS, signal.SIGINT][0]))
         if debug:
@@ -67,7 +74,8 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
     finally:
         sys.unraisablehook = unraisable
         for bar in list(getattr(tqdm, "_instances", [])):
-            bar.close()  # or the line would stand behind a half-drawn bar
+            with suppress(OSError):
+                bar.close()  # or the line would stand behind a half-drawn bar
 
 
 def release_frames(error: BaseException | None) -> None:
@@ -76,6 +84,17 @@ def release_frames(error: BaseException | None) -> None:
     while error:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def make_everything_printable() -> None:
+    """Whatever a stream's encoding lacks is printed as JSON's escape (\\u03b3), so that printed JSON stays JSON."""
+    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start:error.end])[1:-1], error.end))
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # where nobody listens
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):  # a notebook's is none, and UTF-8
+            stream.reconfigure(errors="json")
 
 
 def drop_what_cannot_be_printed() -> None:

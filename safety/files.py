@@ -1,6 +1,7 @@
 """Files that appear whole: written beside their place, locked meanwhile, synced, renamed."""
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -35,10 +36,19 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
             with open_locked(temporary, mode) as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def sync(file: IO[Any]) -> None:
+    """Waits until what was written is on the disk, where the file system can tell."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""Numbers on the command line, with the range on the flag's own line: `type=integer(1)`, `type=real(0, 1, "[)")`."""
+"""Numbers on the command line, with the range on the flag's own line: `type=integer(1)`, `type=real(0, 1, "[)")`; and
+names there that argparse would misread."""
 from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 RANGES = {"[]": "from {low:g} to {high:g}", "[)": "from {low:g} to below {high:g}",
           "(]": "above {low:g}, up to {high:g}", "()": "above {low:g} and below {high:g}",
@@ -48,3 +51,18 @@ def real(low: float, high: float | None = None, ends: str = "[]") -> Callable[[s
         return number
 
     return parse
+
+
+def misread(arguments: Sequence[str], parser: argparse.ArgumentParser) -> str | None:
+    """What to say of an address, which nobody fetches, or of a file's name that argparse would take for flags, as
+    "-mountain.jpg" for `-m ountain.jpg`; None where there is none."""
+    for word in arguments:
+        name = word.partition("=")[2] if word.startswith("--") else word
+        if re.match(r"\w\w+://", name):
+            return f"{name}: addresses are not fetched; save what is there, and name the file"
+        # -iphoto.jpg may mean photo.jpg.
+        like_a_file = re.fullmatch(r"-[^-.\d].*\.\w+", word) and not os.path.lexists(word[2:])
+        if (word.startswith("-") and word.split("=")[0] not in parser._option_string_actions
+                and (os.path.lexists(word) or like_a_file)):
+            return f"{word}: a file whose name begins with - needs ./ before it: ./{word}"
+    return None

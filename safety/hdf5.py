@@ -1,6 +1,7 @@
-"""HDF5 files of strangers, and one file in several processes."""
+"""HDF5 files of strangers, in several processes, and on file systems without locks or memory maps."""
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,21 @@ import h5py
 import numpy as np
 
 from safety.errors import InputError
+
+
+def open_hdf5(path: Path, mode: str = "r") -> h5py.File:
+    """Opens a file under HDF5's lock; without it, where the file system has none.
+
+    Raises:
+        BlockingIOError: another program is writing it.
+        OSError: with an errno the system refused it, without one it is damaged.
+    """
+    try:
+        return h5py.File(path, mode)
+    except BlockingIOError:
+        raise
+    except OSError:  # whatever the file system says of locks; another reason is there again
+        return h5py.File(path, mode, locking=False)
 
 
 def own_array(file: h5py.File, name: str) -> h5py.Dataset:
@@ -30,11 +46,12 @@ def open_array(path: Path, name: str) -> Any:
     What it gives must not cross into another process.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             offset, shape, dtype = file[name].id.get_offset(), file[name].shape, file[name].dtype
-        if offset is not None:
-            return np.memmap(path, dtype, "r", offset, shape)
-        return h5py.File(path, "r")[name]  # somebody stored it in chunks
+        if offset is not None:  # else somebody stored it in chunks
+            with suppress(OSError):  # a file system without memory maps
+                return np.memmap(path, dtype, "r", offset, shape)
+        return open_hdf5(path)[name]
     except OSError as error:
         raise InputError(f"{path} cannot be read any more ({error}); bring it back, and resume from the last "
                          "checkpoint") from error

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one asks a script to end, a second one ends it at once."""
+"""Signals that ask a script to end: the first one lets it save, a second Ctrl-C or SIGTERM does not."""
 from __future__ import annotations
 
 import os
@@ -9,20 +9,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS: list[int] = []  # SIGINT and SIGTERM that came to this process since its script began
+# Ctrl-C, the system, a terminal that goes away, and what Slurm and others send before time is up; Windows has two.
+POLITE = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+               if hasattr(signal, name))
+URGENT = {signal.SIGINT, signal.SIGTERM}
+SIGNALS: list[int] = []  # all of these that came since the outermost `handle_signals` began
+HANDLERS: list[Callable[[int], None]] = []  # of those that are under way
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT (Ctrl-C) or SIGTERM asks this process to end; its argument is the signal's number."""
+    """A signal asks this process to end; its argument is the signal's number."""
 
 
 @contextmanager
 def handle_signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Within it the first SIGINT or SIGTERM goes to the handler, and into SIGNALS; a second one ends the process at
-    once. In a thread it does nothing: signals come to a process's main thread alone."""
+    """Within it the first signal goes to the handler, and all of them into SIGNALS. A second SIGINT or SIGTERM raises
+    Stopped at once; the others hurry nobody, as a terminal's end comes twice, from the system and from the shell. In a
+    thread it does nothing: signals come to a process's main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    if not HANDLERS:
+        SIGNALS.clear()
+    HANDLERS.append(handler)
     since: list[float] = []
     owner = os.getpid()
 
@@ -35,13 +44,15 @@ def handle_signals(handler: Callable[[int], None]) -> Iterator[None]:
         same = "TORCHELASTIC_RUN_ID" in os.environ and since[-1] - since[0] < 1
         if len(SIGNALS) == 1:
             handler(number)
-        elif not same:
-            os._exit(128 + number)
+        elif number in URGENT and sum(each in URGENT for each in SIGNALS) > 1 and not same:
+            raise_stopped(number)  # and not os._exit, which would end a notebook with all that is in it
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in POLITE
+              if number in URGENT or signal.getsignal(number) not in (signal.SIG_IGN, None)}  # nohup's SIGHUP stays
     try:
         yield
     finally:
+        HANDLERS.pop()
         for number, former in before.items():
             signal.signal(number, former)
 
@@ -51,6 +62,6 @@ def raise_stopped(number: int) -> None:
 
 
 def ignore_signals(_: int) -> None:
-    """A DataLoader's worker_init_fn: its workers leave Ctrl-C and SIGTERM to the process that they work for."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """A DataLoader's worker_init_fn: its workers leave these signals to the process that they work for."""
+    for number in POLITE:
         signal.signal(number, signal.SIG_IGN)

@@ -1,11 +1,13 @@
 """Any picture gets its caption and a figure of where the model looked; no input is lost, and mistakes are named."""
 
+import gc
 import html
 import itertools
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -668,12 +670,12 @@ def test_the_best_caption_is_drawn(flags, smooth, model, run, pictures, monkeypa
 
 
 def test_no_display_is_asked_for(checkpoint, pictures, tmp_path):
-    """As a command, without warnings, where a window cannot be opened."""
-    code = """import os, runpy, sys
-os._exit = print  # by which the command ends; this goes on, and Python's own end warns of what was left open
+    """As a command, without warnings, where a window cannot be opened. What started the command lives on."""
+    code = """import gc, runpy, sys
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
-assert "matplotlib.pyplot" not in sys.modules"""
+assert "matplotlib.pyplot" not in sys.modules and gc.isenabled()
+print("alive")"""
     arguments = ["--img", pictures[0], "--model", checkpoint, "--max_len", "3", "--device", "cpu", "--out", "x.png"]
     environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
     environment |= {"MPLBACKEND": "tkagg", "PYTHONPATH": str(REPOSITORY)}
@@ -681,6 +683,7 @@ assert "matplotlib.pyplot" not in sys.modules"""
     done = subprocess.run([sys.executable, *strict, "-c", code, REPOSITORY / "caption.py", *arguments],
                           env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{pictures[0]}: ")
+    assert done.stdout.endswith("\nalive\n")
     assert (tmp_path / "x.png").is_file()
 
 
@@ -690,6 +693,21 @@ def caption_into(stdout: int, checkpoint: Path, picture: Path) -> tuple[int, byt
     done = subprocess.run([*command, "--max_len", "3", "--device", "cpu"], env=environment, stdout=stdout,
                           stderr=subprocess.PIPE)
     return done.returncode, done.stdout, done.stderr
+
+
+def test_a_command_that_fails_early_leaves_its_host_as_it_was(monkeypatch):
+    """Such as IPython, whose %run is this; as %run stays in the process, garbage must be collected there again."""
+    monkeypatch.setattr(sys, "argv", ["caption.py", "--img", "nothing", "--beam_size", "0"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(REPOSITORY / "caption.py"), run_name="__main__")
+    assert gc.isenabled()
+
+
+def test_a_profile_of_the_command_is_written(checkpoint, pictures, tmp_path):
+    arguments = ["--img", pictures[0], "--model", checkpoint, "--max_len", "3", "--device", "cpu"]
+    command = [sys.executable, "-m", "cProfile", "-o", tmp_path / "profile", REPOSITORY / "caption.py", *arguments]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    assert (tmp_path / "profile").stat().st_size > 1000
 
 
 def test_the_command_ends_at_once_but_loses_nothing(checkpoint, pictures):

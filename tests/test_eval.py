@@ -5,10 +5,12 @@ import html
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,49 +138,77 @@ def test_nothing_and_unknown_words_match_nothing(caption, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs Java")
-def test_meteor_in_percent():
+def test_meteor_in_percent(monkeypatch):
     """The number is that of METEOR's own program for these captions, but with a word for <unk> that nobody uses.
 
-    It takes punctuation apart: the brackets of <unk> would match those of other words.
+    It takes punctuation apart: the brackets of <unk> would match those of other words. And it fails where Java writes
+    0,5, as people do in many countries, if that were not set otherwise.
     """
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+    monkeypatch.setenv("_JAVA_OPTIONS", "-Duser.language=de -Xmx1500m")
     references = [words("a red circle above a square"), words("two green stars"), words("a < > unk <unknown> .")]
     assert score(references, words("", "two green stars", "<unk>"))["METEOR"] == pytest.approx(19.2572, abs=1e-3)
 
 
 def test_meteor_needs_java(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(evaluation, "Meteor", None)
+    monkeypatch.setattr(evaluation, "meteor_score", None)
     found = score(PEOPLE, [[], *(each[0] for each in PEOPLE[1:])])
     assert found["METEOR"] is None and 50 < found["ROUGE-L"] < 70 and 0 < found["BLEU-1"] < 100
 
 
 def test_meteor_that_cannot_be_started_costs_only_itself(monkeypatch, capsys):
-    def fail() -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError("Cannot allocate memory")
 
-    monkeypatch.setattr(evaluation, "Meteor", fail)
+    monkeypatch.setattr(subprocess, "Popen", fail)
     assert meteor(PEOPLE, [each[0] for each in PEOPLE]) is None
     assert capsys.readouterr().err == "METEOR is left out: its Java program failed (Cannot allocate memory)\n"
 
 
-@pytest.mark.parametrize("command", [["false"], ["echo", "Error: no jar"]])
-def test_meteor_that_fails_costs_only_itself(command, monkeypatch, capsys):
-    """An old Java, or too little memory for it. Its destructor asks for its lock, and must not wait for ever."""
-    made = []
+@pytest.fixture
+def java(tmp_path, monkeypatch):
+    """Another program of that name, in the shell's language."""
+    def install(does: str) -> None:
+        (tmp_path / "java").write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "java").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
-    class Broken(evaluation.Meteor):
-        def __init__(self) -> None:
-            with monkeypatch.context() as patch:
-                popen = subprocess.Popen
-                patch.setattr(subprocess, "Popen", lambda _, **options: popen(command, **options))
-                super().__init__()
-            made.append(self)
+    return install
 
-    monkeypatch.setattr(evaluation, "Meteor", Broken)
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize(("does", "said"), [
+    ("exit 1", "failed ("), ("echo no number; cat", "could not convert string to float"),
+    ("echo 'Picked up X' >&2; printf 'Error:\\n  no jar' >&2; exit 1", "(Error: no jar)"),
+    ("sleep 99", "no answer within 1 seconds"), ("cat > /dev/null & sleep 99", "no answer within 1 seconds"),
+    ("exec sleep 99 > /dev/null", "could not convert string to float")])
+def test_meteor_that_fails_costs_only_itself(does, said, java, monkeypatch, capsys):
+    """An old Java, or too little memory for it, or one that never answers. Nothing of it lives on."""
+    java(does)
+    monkeypatch.setattr("safety.meteor.START_SECONDS", 1)
+    made, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **options: made.append(popen(*given, **options)) or made[0])
     assert meteor(PEOPLE, [each[0] for each in PEOPLE]) is None
-    assert capsys.readouterr().err.startswith("METEOR is left out: its Java program failed")
-    locked, made[0].lock = made[0].lock.locked(), threading.Lock()
-    assert not locked and made[0].meteor_p.stdout.closed and made[0].meteor_p.returncode is not None
+    shown = capsys.readouterr().err
+    assert shown.startswith("METEOR is left out: its Java program failed (") and said in shown
+    assert shown.count("\n") == 1
+    assert made[0].stdout.closed and made[0].stdin.closed and made[0].returncode is not None
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:  # the system needs a moment for what the shell had started
+            os.killpg(made[0].pid, 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_meteor_may_take_longer_for_more_words(java, monkeypatch):
+    """Each word of a caption is compared with each word of its references."""
+    java("exit 1")
+    limits, timer = [], threading.Timer
+    monkeypatch.setattr(threading, "Timer", lambda seconds, *rest: limits.append(seconds) or timer(seconds, *rest))
+    for n in (1, 1000):
+        assert meteor([words("a " * n) * 5], words("a " * n)) is None
+    assert 60 < limits[0] < 600 and 300 < limits[1] - limits[0] < 3000
 
 
 # ---- sums and teacher forcing ----------------------------------------------------------------------------------------

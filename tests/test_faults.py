@@ -5,12 +5,14 @@ Processes are killed for real. They are forked from a server that has imported e
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -18,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +66,7 @@ def script(name: str, arguments: list[str], output: str, *faults: tuple[Any, ...
     torch.set_num_threads(1)
     features.FEATURES_AT_ONCE = 4
     os.environ["PATH"] = ""  # without Java, whose score takes long
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # if nohup runs the suite, it is ignored
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -267,7 +271,8 @@ def last_line(output: Path) -> str:
 
 
 @pytest.mark.parametrize(("where", "n", "number", "step"), [
-    ("train.train_step", 6, signal.SIGTERM, 2), ("train.validate", 1, signal.SIGINT, 4),
+    ("train.train_step", 6, signal.SIGTERM, 2), ("train.train_step", 2, signal.SIGUSR1, 2),
+    ("train.validate", 1, signal.SIGINT, 4),
     ("train.draw_curves", 2, signal.SIGTERM, 4), ("train.run_stage", 2, signal.SIGINT, 0)])
 def test_a_stopped_run_saves_and_says_how_to_resume(server: Any, folders: list[Path], alone: Path, prepared: Prepared,
                                                    tmp_path: Path, where: str, n: int, number: int, step: int) -> None:
@@ -332,7 +337,8 @@ def test_a_second_signal_ends_at_once(server: Any, folders: list[Path], alone: P
 
 @pytest.mark.parametrize(("name", "where", "number"), [
     ("eval", "eval.bleu", signal.SIGINT), ("eval", "os.fsync", signal.SIGTERM), ("caption", "os.fsync", signal.SIGINT),
-    ("create_input_files", "preparing.pixels.check_pixels", signal.SIGTERM)])
+    ("create_input_files", "preparing.pixels.check_pixels", signal.SIGTERM),
+    ("caption", "caption.encode", signal.SIGHUP)])
 def test_the_other_scripts_stop_with_one_line(server: Any, alone: Path, prepared: Prepared, tmp_path: Path, name: str,
                                               where: str, number: int) -> None:
     model, out = alone / f"BEST_checkpoint_{prepared.name}.pth.tar", tmp_path / "out"
@@ -363,6 +369,28 @@ def test_ctrl_c_reaches_a_whole_process_group(prepared: Prepared, tmp_path: Path
     assert said == [f"train.py: stopped; the run is in {more[1]}, resume it with: {shlex.join([*command, *more])}"]
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_a_terminal_that_goes_away(prepared: Prepared, tmp_path: Path) -> None:
+    """All that is printed from then on fails; the run still ends as it should, its lock removed."""
+    command = [sys.executable, train.__file__, *flags(prepared, tmp_path / "out", "--epochs", 500, "--workers", 1)]
+    controller, terminal = os.openpty()
+
+    def own_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+                          preexec_fn=own_terminal) as process:
+        os.close(terminal)
+        while not resume_flags(tmp_path / "out", prepared):
+            assert process.poll() is None
+            if select.select([controller], [], [], 0.05)[0]:
+                os.read(controller, 10_000)  # or the terminal is full
+        os.close(controller)
+        assert process.wait(60) == 128 + signal.SIGHUP
+    assert_whole(tmp_path / "out")
+    assert leftovers(tmp_path / "out") == []
 
 
 # ---- torchrun --------------------------------------------------------------------------------------------------------

@@ -129,8 +129,8 @@ def test_the_gaze_is_drawn_after_each_epoch(prepared: Prepared, tmp_path: Path,
         assert gaze.format == "PNG"
         assert gaze.size[1] > 3 * 128
 
-    for name in ("train_epoch", "validate_epoch"):
-        monkeypatch.setattr(train, name, lambda *_: dict(row))
+    monkeypatch.setattr(train, "train_epoch", lambda *_: dict(row))
+    monkeypatch.setattr(train, "validate_epoch", lambda *_: (dict(row), []))
     monkeypatch.setattr(train, "DistributedDataParallel", lambda model: model)
     second = setting_of(prepared, tmp_path / "other")._replace(world=World(1, 2, torch.device("cpu")))
     progress = Progress(1)

@@ -57,7 +57,9 @@ def test_a_device_that_cannot_be_used_is_named(device):
 
 @pytest.mark.usefixtures("alone")
 def test_processes_do_not_share_a_gpu(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+                        "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="--device cuda:1: each process takes a GPU of its own; leave the flag out"):
         setup_world("cuda:1", None)
 

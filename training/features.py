@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from caption import Captioner
 from datasets import PREPROCESSING, CaptionDataset, Pictures, encode
 from safety.errors import InputError
-from safety.files import lock, naming_write_errors, replace_open
+from safety.files import lock, naming_write_errors, replace_open, sync
 from safety.signals import ignore_signals
 from utils import PRECISIONS, autocast, progress_bar
 
@@ -28,7 +28,8 @@ FEATURES_AT_ONCE = 32  # pictures encoded between two writes
 
 
 class Features:
-    """The features of all pictures of a split, (h, w, C) each, in a file that is read through a memory map.
+    """The features of all pictures of a split, (h, w, C) each, in a file that is read through a memory map if it
+    can be.
 
     Where a GPU has the room, they are copied into its memory: then an item is a picture's number, for `look_up`.
     """
@@ -36,7 +37,7 @@ class Features:
     def __init__(self, path: Path, n_images: int, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.path, self.shape, self.dtype = path, (n_images, *shape), dtype
         self.n_bytes = math.prod(self.shape) * dtype.itemsize
-        self._open: np.memmap | None = None
+        self._read: Callable[[int], np.ndarray] | None = None
         self.on_device: Tensor | None = None  # all of them (I, h, w, C)
 
     def __len__(self) -> int:
@@ -60,17 +61,28 @@ class Features:
             self.on_device = rows
 
     def read(self, i: int) -> Tensor:
-        if self._open is None:
-            try:  # read-only: Linux refuses a writable map that is larger than its memory
-                self._open = np.memmap(self.path, np.uint8, "r", shape=(len(self), self.n_bytes // len(self)))
-            except (OSError, ValueError) as error:
-                raise InputError(f"{self.path} cannot be read any more ({error}); resume from the last checkpoint, "
-                                 "which makes it again") from error
-        return torch.from_numpy(np.array(self._open[i])).view(self.dtype).view(self.shape[1:])
+        try:
+            self._read = self._read or self._reader()
+            return torch.from_numpy(self._read(i)).view(self.dtype).view(self.shape[1:])
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read any more ({error}); resume from the last checkpoint, "
+                             "which makes it again if it is gone") from error
+
+    def _reader(self) -> Callable[[int], np.ndarray]:
+        """What reads the bytes of picture i."""
+        if self.path.stat().st_size < self.n_bytes:
+            raise InputError(f"{self.path} is damaged, it is too short; delete it, and resume from the last "
+                             "checkpoint, which makes it again")
+        size = self.n_bytes // len(self)
+        try:  # read-only: Linux refuses a writable map that is larger than its memory
+            mapped = np.memmap(self.path, np.uint8, "r", shape=(len(self), size))
+            return lambda i: np.array(mapped[i])
+        except OSError:  # a file system without memory maps
+            return lambda i: np.fromfile(self.path, np.uint8, size, offset=i * size)
 
     def __getstate__(self) -> dict[str, Any]:
         numbers = None if self.on_device is None else torch.empty(0)
-        return {**self.__dict__, "_open": None, "on_device": numbers}  # a worker maps the file itself, or gives numbers
+        return {**self.__dict__, "_read": None, "on_device": numbers}  # a worker maps the file itself, or gives numbers
 
 
 def keep_features(dataset: CaptionDataset, model: Captioner, workers: int, show: bool = True) -> None:
@@ -138,7 +150,7 @@ def _write_features(features: Features, dataset: CaptionDataset, model: Captione
             with naming_write_errors(partial):
                 file.write(rows.to(features.dtype).cpu().contiguous().view(torch.uint8).numpy())
                 file.flush()
-                os.fsync(file.fileno())  # what the file's length promises is on the disk
+                sync(file)  # what the file's length promises is on the disk
             bar.update(len(pictures))
         bar.close()
         replace_open(file, features.path)

@@ -108,23 +108,26 @@ class Watch:
         """Takes a step's sums over all processes. Raises Stopped where a signal asks for it, once all is saved."""
         self.pending.append(sums)
         self.progress.step += 1
-        self.bar.update()
         self.ready = time.monotonic()
         last = self.progress.step == self.steps
         # By the step's number, as all ranks must ask together.
         stopped = any_signal(self.world) if last or self.progress.step % self.signal_steps == 0 else 0
         due = stopped or last or self.ready - self.saved > 60 * self.args.checkpoint_minutes
+        shown = {}
         if due or (self.progress.step - 1) % self.args.print_freq == 0:
-            self.look_at_losses()
+            shown = self.look_at_losses()
         if due:
             self.save()
             self.saved = time.monotonic()
+        self.bar.update()  # after the checkpoint, as is all that is printed
+        if shown:
+            self.bar.set_postfix(shown)
         if stopped:
             any_signal(self.world)  # waits until rank 0 has saved
             raise Stopped(stopped)
 
-    def look_at_losses(self) -> None:
-        """Adds up the sums that are pending, and shows what they make."""
+    def look_at_losses(self) -> dict[str, str]:
+        """Adds up the sums that are pending; returns what to show of them."""
         progress, alpha_c = self.progress, self.args.alpha_c
         for i, sums in enumerate(torch.stack(self.pending).tolist(), progress.step + 1 - len(self.pending)):
             mean_loss(sums, alpha_c, f"stage {progress.stage}, epoch {progress.epoch + 1}, batch {i}: ")
@@ -132,6 +135,6 @@ class Watch:
         self.pending = []
         spent = time.monotonic() - self.began
         progress.seconds = self.seconds_before + spent
-        self.bar.set_postfix({"loss": f"{mean_loss(progress.sums, alpha_c):.3f}",
-                              "captions/s": f"{Losses(*progress.sums).captions / progress.seconds:.0f}",
-                              "waiting for data": f"{self.waited / spent:.0%}"})
+        return {"loss": f"{mean_loss(progress.sums, alpha_c):.3f}",
+                "captions/s": f"{Losses(*progress.sums).captions / progress.seconds:.0f}",
+                "waiting for data": f"{self.waited / spent:.0%}"}

@@ -166,7 +166,7 @@ def resume_command(args: argparse.Namespace) -> str:
     if args.stage == "2" and training_of(path).get("stage") == 1:  # its last epoch; the flags name the best
         return again
     command = sys.orig_argv
-    if "LOCAL_WORLD_SIZE" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
         command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
         command[1:1] = [f"--nnodes={nodes}", "..."] if nodes > 1 else []

@@ -1,0 +1,48 @@
+"""What torchrun tells each of its processes by the environment, which is checked like flags: it may be a leftover."""
+from __future__ import annotations
+
+import argparse
+import os
+from typing import NamedTuple
+
+from safety.errors import UsageError
+from safety.flags import integer
+
+
+class Place(NamedTuple):
+    """A process among those that torchrun started; alone by default."""
+
+    rank: int = 0
+    size: int = 1        # how many there are
+    local_rank: int = 0  # among those of this machine
+    local_size: int = 1
+
+
+def place_among_processes() -> Place:
+    """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+
+    Raises:
+        UsageError: they do not fit together, or the others could not be found.
+    """
+    size = number("WORLD_SIZE", 1)
+    if size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):  # by which PyTorch finds the others
+            if not os.environ.get(name):
+                raise UsageError(f"WORLD_SIZE={size} in the environment, but no {name}; {remedy()}")
+        number("MASTER_PORT", 1, 65535)
+    return Place(number("RANK", 0, size - 1), size, number("LOCAL_RANK", 0, size - 1),
+                 number("LOCAL_WORLD_SIZE", 1, size))
+
+
+def number(name: str, low: int, high: int | None = None) -> int:
+    """A variable's value; the lowest, where there is none."""
+    text = os.environ.get(name, str(low))
+    try:
+        return integer(low, high)(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{name}={error} expected in the environment; {remedy()}") from error
+
+
+def remedy() -> str:
+    there = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in os.environ]
+    return f"torchrun sets it; without torchrun: unset {' '.join(there)}"
