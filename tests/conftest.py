@@ -52,6 +52,12 @@ def refused(*parts: str) -> Iterator[None]:
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
+@pytest.fixture(autouse=True)
+def _whatever_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the scripts say of bfloat16 depends on the machine."""
+    monkeypatch.setattr("safety.devices.bfloat16_on_cpu", lambda _: None)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs a script as its command would; returns the exit status and what stood on standard error."""
