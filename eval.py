@@ -252,8 +252,6 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     is_main = world.rank == 0
     if is_main:
         check_outputs(args)
-        for line in cpu_advice(args.device, precision) if world.device.type == "cpu" else ():
-            print(line, file=sys.stderr)
     word_map = load_word_map(args.data_folder, args.data_name)
     dataset = CaptionDataset(args.data_folder, args.data_name, args.split)
     if not dataset.n_images:
@@ -271,6 +269,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     encoder, decoder = (each.to(world.device) for each in restore(checkpoint, path))
     model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
     del checkpoint  # and its memory map
+    for line in cpu_advice(args.device, precision) if is_main and world.device.type == "cpu" else ():
+        print(line, file=sys.stderr)
 
     rows: list[dict[str, Any]] = []
     for search in searches:
