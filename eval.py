@@ -94,6 +94,11 @@ def meteor(references: References, captions: Sequence[Sequence[str]]) -> float |
         return None
 
 
+def say_if_java_is_missing() -> None:
+    if not shutil.which("java"):
+        print("Java was not found: METEOR is left out (install a Java runtime, say default-jre)", file=sys.stderr)
+
+
 def _coco(references: References,
           captions: Sequence[Sequence[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """References and captions as pycocoevalcap takes them: sentences by picture."""
@@ -165,6 +170,7 @@ def score_file(args: argparse.Namespace, dataset: CaptionDataset, references: Re
                word_map: dict[str, int]) -> list[dict[str, Any]]:
     """The table for captions of another system, which tell of no search; prints it and returns its row."""
     captions = read_captions(args.captions, dataset, word_map)
+    say_if_java_is_missing()
     if warning := warn_if_collapsed([" ".join(words) for words in captions]):
         print(printable(warning), file=sys.stderr)
     untold = dict.fromkeys(("beam", "length penalty", "consensus", "unfinished", "seconds", "images/s"))
@@ -265,8 +271,6 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not dataset.n_images:
         raise InputError(f"the split {args.split} of {args.data_name} holds no pictures; name another with --split")
     references = dataset.references(word_map)
-    if is_main and not shutil.which("java"):
-        print("Java was not found: METEOR is left out (install a Java runtime, say default-jre)", file=sys.stderr)
     if args.captions:
         return score_file(args, dataset, references, word_map) if is_main else []
     path = args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar"
@@ -276,6 +280,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     checkpoint = broadcast(load_checkpoint(path, word_map) if is_main else None, world)
     encoder, decoder = (each.to(world.device) for each in restore(checkpoint, path))
     model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
+    if is_main:
+        say_if_java_is_missing()
 
     rows: list[dict[str, Any]] = []
     for search in searches:
