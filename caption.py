@@ -21,7 +21,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ from safety.errors import InputError, UsageError, printable, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
 from safety.pictures import unreadable_error
-from utils import autocast, progress_bar, setup_world
+from utils import add_device_flags, autocast, progress_bar, setup_world
 
 # ---- the search ------------------------------------------------------------------------------------------------------
 
@@ -87,8 +87,8 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
     log_probs[:, 1:] = -torch.inf  # all hypotheses begin alike: the first is continued, not K equal ones
     alphas = None                                                               # (N, K, t, P)
     width = torch.full((n, 1), k, device=device)                                # hypotheses that still compete
-    active = list(range(n))                                                     # pictures still in the batch
-    found, rev_word_map = [[] for _ in active], reverse(word_map)
+    active = torch.arange(n)                                                    # pictures still in the batch
+    left = []                                                                   # hypotheses that left the beam, by step
 
     for t in range(search.max_len):
         output, alpha, state = decoder.step(sequences[:, :, -1].flatten(), annotations, state)
@@ -106,39 +106,46 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
 
         growing = (torch.arange(k, device=device) < width) & (total > -torch.inf)   # of the best K, the first `width`
         ended = growing & (word == word_map["<end>"])
-        for i, *hypothesis in hypotheses_at(ended, sequences, log_probs, alphas):
-            found[active[i]].append(to_caption(*hypothesis, rev_word_map, finished=True))
         width = width - ended.sum(dim=1, keepdim=True)
         growing &= ~ended
+        has_ended, goes_on = torch.stack([ended, growing]).cpu()                # the one wait for a GPU in a step
+        if has_ended.any():
+            left.append(hypotheses_at(has_ended, active, sequences, log_probs, alphas))
         log_probs[:, :, -1].masked_fill_(~growing, -torch.inf)                  # these have left the beam
-        alive = growing.any(dim=1).nonzero().squeeze(1)                         # pictures whose beam is not empty
+        alive = goes_on.any(dim=1).nonzero().squeeze(1)                         # pictures whose beam is not empty
         if len(alive) < n:
-            active, n = [active[i] for i in alive.tolist()], len(alive)
+            active, goes_on, n = active[alive], goes_on[alive], len(alive)
             if n == 0:
                 break
+            alive = alive.to(device, non_blocking=True)
             annotations, alphas = annotations.rows(alive), alphas[alive] if with_alphas else None
-            sequences, log_probs, width, growing = (each[alive] for each in (sequences, log_probs, width, growing))
+            sequences, log_probs, width = (each[alive] for each in (sequences, log_probs, width))
             state = tuple(each.unflatten(0, (-1, k))[alive].flatten(0, 1) for each in state)
-    for i, *hypothesis in hypotheses_at(growing, sequences, log_probs, alphas):  # none, if the loop was left early
-        found[active[i]].append(to_caption(*hypothesis, rev_word_map, finished=False))
-    start_alphas = alphas[0, 0, :1].cpu().numpy() if with_alphas else None
-    fallback = to_caption([word_map["<start>"]], [-math.inf], start_alphas, rev_word_map, finished=False)  # all was NaN
+    left.append(hypotheses_at(goes_on, active, sequences, log_probs, alphas))   # none, if the loop was left early
+
+    found, rev_word_map = [[] for _ in encoder_out], reverse(word_map)
+    for pictures, ids, totals, looks in left:
+        looks = [None] * len(pictures) if looks is None else looks.cpu().numpy()
+        for i, *hypothesis in zip(pictures.tolist(), ids.tolist(), totals.tolist(), looks, strict=True):
+            found[i].append(to_caption(*hypothesis, rev_word_map))
+    start_alphas = np.ones((1, alphas.size(-1)), np.float32) if with_alphas else None
+    fallback = to_caption([word_map["<start>"]], [-math.inf], start_alphas, rev_word_map)  # all was NaN
     return [ranked(captions or [fallback], search)[:search.n_best] for captions in found]
 
 
-def hypotheses_at(which: Tensor, sequences: Tensor, log_probs: Tensor,
-                  alphas: Tensor | None) -> Iterator[tuple[int, list[int], list[float], np.ndarray | None]]:
-    """Those where `which`, (N, K) bool, is True: picture, ids, log-probabilities up to each of them, alphas."""
-    rows = which.nonzero(as_tuple=True)
-    if len(rows[0]) == 0:
-        return iter(())  # nothing to fetch from a GPU
-    looks = [None] * len(rows[0]) if alphas is None else alphas[rows].cpu().numpy()         # (t, P) each
-    return zip(rows[0].tolist(), sequences[rows].tolist(), log_probs[rows].tolist(), looks, strict=True)
+def hypotheses_at(which: Tensor, active: Tensor, sequences: Tensor, log_probs: Tensor,
+                  alphas: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Those where `which`, (N, K) bool on the CPU, is True, m of them: picture (m,), ids and log-probabilities up to
+    each of them (m, t), alphas (m, t, P)."""
+    picture, place = which.nonzero(as_tuple=True)
+    rows = tuple(each.to(sequences.device, non_blocking=True) for each in (picture, place))
+    return active[picture], sequences[rows], log_probs[rows], None if alphas is None else alphas[rows]
 
 
-def to_caption(sequence: list[int], log_probs: list[float], alphas: np.ndarray | None, rev_word_map: dict[int, str],
-               finished: bool) -> Caption:
+def to_caption(sequence: list[int], log_probs: list[float], alphas: np.ndarray | None,
+               rev_word_map: dict[int, str]) -> Caption:
     """A hypothesis as a caption; of its alphas, (t, P), each row becomes the square that the regions form."""
+    finished = rev_word_map[sequence[-1]] == "<end>"
     words = [rev_word_map[index] for index in (sequence[1:-1] if finished else sequence[1:])]
     if alphas is not None:
         side = math.isqrt(alphas.shape[1])
@@ -187,7 +194,8 @@ class Captioner(NamedTuple):
 
 def load(model: str | Path, word_map: str | Path | None = None, device: str | None = None,
          precision: str | None = None) -> Captioner:
-    """A checkpoint, ready to caption; arguments as the flags of the same names. With bfloat16 PyTorch may use TF32 too.
+    """A checkpoint, ready to caption; arguments as the flags of the same names. In 16 bits PyTorch may use
+    TF32 too.
 
     Raises:
         InputError: no such file, no checkpoint that can be read safely, or no such device.
@@ -259,9 +267,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--probabilities", action="store_true", help="after each word, how sure of it the model was, in percent")
     add = parser.add_argument_group("running").add_argument
     add("--batch_size", type=integer(1), default=16, metavar="N", help="pictures at once (default: 16)")
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=("bfloat16", "float32"),
-        help="of matrix products (default: bfloat16 on a GPU that has it, else float32)")
+    add_device_flags(add)
     return parser
 
 

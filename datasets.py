@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from safety.checkpoints import check_word_map
@@ -30,6 +31,7 @@ from utils import World  # rank, size (how many processes) and device
 IMAGE_SIZE = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
 PREPROCESSING = {"image_size": IMAGE_SIZE, "mean": list(MEAN), "std": list(STD)}  # what a checkpoint records
+COLOUR_CHANGES = (0.3, 0.3, 0.2)  # most that `augment` changes brightness, contrast and saturation
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # taken from a folder
 DATA_HINT = """Two commands make and use a data set, once its pictures and Karpathy's dataset_coco.json are here:
   python create_input_files.py --dataset coco --karpathy_json_path dataset_coco.json --image_folder .
@@ -99,12 +101,38 @@ def augment(images: Tensor) -> Tensor:
     """Pictures (N, 3, H, W) uint8, changed at random so that no epoch sees the same.
 
     Half of them are mirrored; of each a part, 50 to 100 % of it, is enlarged again; brightness and contrast change by
-    up to 30 %, saturation by up to 20 %, and hue not at all: captions name colours.
+    up to 30 %, saturation by up to 20 %, and hue not at all: captions name colours. All are changed at once, which on a
+    GPU takes as many operations as one picture would.
     """
-    from torchvision.transforms.v2 import ColorJitter, Compose, RandomHorizontalFlip, RandomResizedCrop  # a slow import
-    change = Compose([RandomHorizontalFlip(), RandomResizedCrop(images.shape[-2:], scale=(0.5, 1), ratio=(0.9, 1.1)),
-                      ColorJitter(brightness=0.3, contrast=0.3, saturation=0.2)])
-    return torch.stack([change(image) for image in images])
+    def between(low: float, high: float) -> Tensor:
+        return torch.empty(len(images), device=images.device).uniform_(low, high)
+
+    area, aspect = between(0.5, 1), between(-0.1, 0.1).exp()                    # width / height, 0.9 to 1.1
+    height, width = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
+    top, left = between(0, 1) * (1 - height), between(0, 1) * (1 - width)
+    pixels = crop(images.float(), top, left, height, width, mirrored=between(0, 1) < 0.5)
+    brightness, contrast, saturation = (between(1 - most, 1 + most).view(-1, 1, 1, 1) for most in COLOUR_CHANGES)
+    pixels.mul_(brightness).clamp_(0, 255)
+    mean = grey(pixels).mean(dim=(2, 3), keepdim=True)                          # (N, 1, 1, 1)
+    torch.lerp(mean, pixels, contrast, out=pixels).clamp_(0, 255)
+    torch.lerp(grey(pixels), pixels, saturation, out=pixels).clamp_(0, 255)
+    return pixels.round_().to(torch.uint8)
+
+
+def crop(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, mirrored: Tensor) -> Tensor:
+    """A part of each picture (N, 3, H, W), enlarged to its size; where it lies as shares of the picture, (N,) each."""
+    zero = torch.zeros_like(top)
+    x = torch.where(mirrored, -width, width)
+    # From a place in the result to one in the picture, both from -1 to 1.
+    transform = torch.stack([x, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(transform, list(images.shape), align_corners=False)    # (N, H, W, 2)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) to their luminance (N, 1, H, W), after the television standard BT.601."""
+    red, green, blue = images.split(1, dim=1)
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def load_word_map(data_folder: str | Path, data_name: str) -> dict[str, int]:
@@ -170,7 +198,7 @@ class CaptionDataset(Dataset):
         self.path = folder / f"{split}_IMAGES_{data_name}.hdf5"
         references = folder / f"{split}_REFERENCES_{data_name}.json"
         self.references_path = references if references.is_file() else None
-        self.features: Sequence[Tensor] | None = None  # with train.py --cache_features: given instead of the pictures
+        self.features: Any = None  # with train.py --cache_features training/features.py's, in the pictures' place
         self._opened: dict[int, Any] = {}  # the pictures' file, by process
         n_words = len(load_word_map(folder, data_name))
         captions = read_json(folder / f"{split}_CAPTIONS_{data_name}.json")
@@ -231,11 +259,15 @@ class CaptionDataset(Dataset):
         return len(self.captions)
 
     def picture(self, i: int) -> Tensor:
-        """Picture i, (3, 256, 256) uint8; or its features (h, w, C), where they are kept."""
+        """Picture i, (3, 256, 256) uint8; where they are kept its features (h, w, C), or its number for `look_up`."""
         if self.features is not None:
             return self.features[i]
         image = torch.from_numpy(np.array(self.images[i]))
         return image if self.transform is None else self.transform(image)
+
+    def look_up(self, pictures: Tensor) -> Tensor:
+        """A batch of what `picture` gave: of numbers (N,) the features (N, h, w, C), and all else as it is."""
+        return pictures if self.features is None else self.features.look_up(pictures)
 
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         """Picture (3, 256, 256) uint8, caption (L,) and length (1,): what train.py takes, without --whole_images. Of
@@ -294,10 +326,15 @@ class EpochSampler(Sampler[list[int]]):
     A step takes `batch_size` items for each rank: rank r gets items r, r + W, r + 2W, ... of the W ranks' batch. The
     epoch's last batch may have fewer items than there are ranks: the others get a dummy item, since gradients are
     averaged over all ranks, and its loss must not count.
+
+    Args:
+        lengths: of the items' captions (length,). With them a batch's items are of like length: 50 batches at a time
+            are sorted, so that a batch is decoded in few steps, and the batches are then shuffled.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
+                 lengths: Tensor | None = None) -> None:
+        self.length, self.seed, self.rank, self.world_size, self.lengths = length, seed, rank, world_size, lengths
         self.global_batch_size = batch_size * world_size
         self.steps = -(-length // self.global_batch_size)
         self.epoch, self.first_step = 0, 0
@@ -312,16 +349,28 @@ class EpochSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator)
+        places = range(self.steps)
+        if self.lengths is not None:
+            order = torch.cat([part[self.lengths[part].argsort(descending=True, stable=True)]
+                               for part in order.split(50 * self.global_batch_size)])
+            # The last batch, which may be short, stays the last.
+            places = [*torch.randperm(self.steps - 1, generator=generator).tolist(), self.steps - 1]
+        batches = order.split(self.global_batch_size)
         for step in range(self.first_step, self.steps):
-            batch = order[step * self.global_batch_size:(step + 1) * self.global_batch_size]
+            batch = batches[places[step]]
             yield (batch[self.rank::self.world_size] if self.has_share(step) else batch[:1]).tolist()
 
 
 def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, world: World) -> DataLoader:
     """Batches of this rank's share of the pictures, each once: every world.size-th picture from the rank-th on."""
     share = Subset(Pictures(dataset), range(world.rank, dataset.n_images, world.size))
-    return DataLoader(share, batch_size, num_workers=workers, worker_init_fn=ignore_signals,
-                      pin_memory=world.device.type == "cuda")
+    return DataLoader(share, batch_size, **loader_options(workers, world))
+
+
+def loader_options(workers: int, world: World) -> dict[str, Any]:
+    """Of every DataLoader: its workers leave signals to us, and live as long as it does."""
+    return {"num_workers": workers, "worker_init_fn": ignore_signals, "persistent_workers": workers > 0,
+            "pin_memory": world.device.type == "cuda"}
 
 
 def encode(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device) -> Tensor:

@@ -32,11 +32,12 @@ from datasets import CaptionDataset, image_loader, load_word_map, read_word_map
 from drawing.page import PAGES, html_figure, write_page
 from models import Caption, restore
 from safety.checkpoints import load_checkpoint
+from safety.devices import cpu_advice
 from safety.errors import InputError, UsageError, printable, reason, run_script
 from safety.files import atomic_write, unwritable
 from safety.flags import integer
 from safety.words import words_in
-from utils import World, broadcast, gather_in_order, loader_workers, progress_bar, setup_world
+from utils import World, add_device_flags, broadcast, gather_in_order, loader_workers, progress_bar, setup_world
 
 References = Sequence[Sequence[Sequence[str]]]  # of each picture all that people wrote, as words
 SHOWN = 12  # of the gallery's best captions, and of its worst
@@ -236,10 +237,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--gallery", metavar="FILE", help="an .html page: best and worst captions at the last --beam_size")
     add = parser.add_argument_group("running").add_argument
     add("--batch_size", type=integer(1), default=32, metavar="N", help="pictures searched at once (default: 32)")
-    add("--workers", type=integer(0), metavar="N", help="processes reading pictures (default: 1 for a GPU, 0 on a CPU)")
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=("bfloat16", "float32"),
-        help="of matrix products (default: bfloat16 on a GPU that has it, else float32)")
+    add("--workers", type=integer(0), metavar="N",
+        help="processes that read pictures (default: 4 at most for a GPU, 0 on a CPU)")
+    add_device_flags(add)
     return parser
 
 
@@ -266,6 +266,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     is_main = world.rank == 0
     if is_main:
         check_outputs(args)
+        for line in cpu_advice(args.device, precision) if world.device.type == "cpu" else ():
+            print(line, file=sys.stderr)
     word_map = load_word_map(args.data_folder, args.data_name)
     dataset = CaptionDataset(args.data_folder, args.data_name, args.split)
     if not dataset.n_images:
@@ -280,6 +282,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     checkpoint = broadcast(load_checkpoint(path, word_map) if is_main else None, world)
     encoder, decoder = (each.to(world.device) for each in restore(checkpoint, path))
     model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
+    del checkpoint  # and its memory map
     if is_main:
         say_if_java_is_missing()
 

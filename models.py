@@ -275,8 +275,16 @@ def teacher_forced(decoder: nn.Module, encoder_out: Tensor, captions: Tensor, ca
         alphas.append(alpha)
 
     scores = inputs._replace(data=decoder.fc(torch.cat(outputs)))               # (words, V), once for all steps
-    alphas = pad_packed_sequence(inputs._replace(data=torch.cat(alphas)), batch_first=True)[0]  # (N, T, P)
-    return Decoded(scores, captions, decode_lengths, alphas, order)
+    return Decoded(scores, captions, decode_lengths, padded(alphas), order)
+
+
+def padded(steps: list[Tensor]) -> Tensor:
+    """Rows of each step, (n, P) with ever fewer captions, to (N, T, P): zero where a caption has ended."""
+    caption = torch.cat([torch.arange(len(each)) for each in steps])            # (words,), of each row
+    step = torch.cat([torch.full((len(each),), t) for t, each in enumerate(steps)])
+    rows, device = torch.cat(steps), steps[0].device
+    place = (caption.to(device, non_blocking=True), step.to(device, non_blocking=True))
+    return rows.new_zeros(len(steps[0]), len(steps), rows.size(1)).index_put(place, rows)
 
 
 def doubly_stochastic(alphas: Tensor) -> Tensor:
@@ -293,7 +301,7 @@ class Losses(NamedTuple):
 
     cross_entropy: Tensor       # summed over the words
     doubly_stochastic: Tensor   # summed over the captions
-    top5: Tensor                # how many words were among the five most probable
+    top5: Tensor                # how many words were among the five most probable; 0 in training
     words: Tensor               # how many
     captions: Tensor            # how many
 
@@ -312,9 +320,11 @@ def caption_losses(decoded: Decoded, label_smoothing: float = 0.0) -> Losses:
     scores = decoded.scores.data.float()                                        # (words, V)
     targets = pack_padded_sequence(decoded.captions[:, 1:], decoded.decode_lengths, batch_first=True).data  # (words,)
     cross_entropy = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=label_smoothing)
-    top5 = (scores.topk(min(5, scores.size(1)), dim=1).indices == targets.unsqueeze(1)).sum()
+    top5 = scores.new_zeros(())
+    if not scores.requires_grad:  # nothing shows that of a training step
+        top5 = (scores.topk(min(5, scores.size(1)), dim=1).indices == targets.unsqueeze(1)).sum().float()
     words, captions = scores.new_full((), len(targets)), scores.new_full((), len(decoded.captions))
-    return Losses(cross_entropy, doubly_stochastic(decoded.alphas.float()).sum(), top5.float(), words, captions)
+    return Losses(cross_entropy, doubly_stochastic(decoded.alphas.float()).sum(), top5, words, captions)
 
 
 class Caption(NamedTuple):
@@ -490,8 +500,9 @@ def restore(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[Encod
                 encoder, decoder = build(checkpoint["model"])
         except RuntimeError:  # RegNet computes with its first weights
             encoder, decoder = build(checkpoint["model"])
-        encoder.load_state_dict(checkpoint["encoder"], assign=True)
-        decoder.load_state_dict(checkpoint["decoder"], assign=True)
+        for module, weights in ((encoder, checkpoint["encoder"]), (decoder, checkpoint["decoder"])):
+            own = {name: each.clone() for name, each in weights.items()}  # or the file would stay mapped
+            module.load_state_dict(own, assign=True)
     except ImportError:
         raise
     except Exception as error:  # what a file describes can fail in any way

@@ -3,7 +3,8 @@
     python train.py                                        # both stages, on the GPU if there is one
     torchrun --nproc_per_node=8 train.py                   # eight GPUs, and a batch eight times as large
     python train.py @recipes/tuned.txt                     # flags from a file; those after it win
-    python train.py --checkpoint checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar             # resume
+    python train.py --checkpoint auto                      # resumes the run in this folder, or begins one
+    sbatch recipes/slurm.sh                                # two nodes of four GPUs under Slurm
 
 Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint. Ctrl-C
 and SIGTERM save one too, and say how to resume. Started like this, it resumes by itself where a process failed (the
@@ -35,20 +36,21 @@ from torch.utils.data import DataLoader
 
 import datasets
 from caption import Captioner, Search, beam_search
-from datasets import CaptionDataset, EpochSampler, Pictures, augment, encode, image_loader
+from datasets import CaptionDataset, EpochSampler, Pictures, augment, encode, image_loader, loader_options
 from eval import bleu
 from models import DECODERS, Decoded, Losses, build, caption_losses, restore, teacher_forced
 from safety.checkpoints import load_weights, save_checkpoint
+from safety.devices import cpu_advice
 from safety.errors import InputError, UsageError, printable, reason, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
 from safety.pictures import check_pixels
-from safety.signals import ignore_signals
 from training.curves import draw_curves
 from training.features import keep_features
 from training.gaze import draw_gaze, shown_pictures
 from training.progress import Progress, Watch, for_stage, mean_loss
 from training.resume import (
+    AUTO,
     OutputFiles,
     claimed_output_folder,
     first_checkpoint,
@@ -59,8 +61,10 @@ from training.resume import (
 )
 from utils import (
     World,
+    add_device_flags,
     adjust_learning_rate,
     autocast,
+    broadcast,
     gather_in_order,
     load_embeddings,
     loader_workers,
@@ -72,6 +76,7 @@ from utils import (
 PATIENCE = 20                    # a stage ends after so many epochs without a better BLEU-4
 DECAY_EVERY, DECAY = 8, 0.8      # the learning rates shrink after so many, by this factor
 WARM_UP = 100                    # steps in which --schedule cosine brings the learning rates up
+VALIDATION_BATCH = 64            # pictures, with all their captions
 
 
 class Run(NamedTuple):
@@ -94,6 +99,7 @@ class Training(NamedTuple):
     model: nn.Module                              # TeacherForcing; with several processes, wrapped
     captioner: Captioner                          # the same encoder and decoder
     optimizers: dict[str, torch.optim.Optimizer]  # "decoder", and "encoder" in stage 2 alone
+    scaler: torch.amp.GradScaler                  # of float16's loss; in other precisions it does nothing
     arguments: dict[str, Any]                     # with which `models.build` builds encoder and decoder again
 
 
@@ -132,6 +138,7 @@ def train_step(run: Run, training: Training, batch: tuple[Tensor, ...], sampling
         The sums of the batch over all processes, (5,), as `Losses` orders them.
     """
     images, captions, lengths = batch
+    images = run.train.look_up(images)
     if run.args.augment and "encoder" in training.optimizers:                   # in stage 2
         images = augment(images.to(run.world.device, non_blocking=True))
     with autocast(run.world.device, run.precision):
@@ -142,10 +149,13 @@ def train_step(run: Run, training: Training, batch: tuple[Tensor, ...], sampling
 
     for optimizer in training.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    training.scaler.scale(loss).backward()  # in float16 a small gradient would be 0, so that the loss is made large
+    for optimizer in training.optimizers.values():
+        training.scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_value_(learning_parameters(training), run.args.grad_clip)
     for optimizer in training.optimizers.values():
-        optimizer.step()
+        training.scaler.step(optimizer)  # leaves the step out where a gradient has become infinite
+    training.scaler.update()
     return sums
 
 
@@ -193,9 +203,12 @@ def cosine(step: int, steps: int) -> float:
 # ---- a validation ----------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def validate(model: Captioner, dataset: CaptionDataset, world: World, batch_size: int,
-             workers: int = 0) -> tuple[Losses, float, list[list[str]]]:
+def validate(model: Captioner, dataset: CaptionDataset, loader: DataLoader,
+             world: World) -> tuple[Losses, float, list[list[str]]]:
     """What training asks after each epoch. Every picture is encoded once, for all its captions and for the search.
+
+    Args:
+        loader: the data set's `image_loader`.
 
     Returns:
         The sums of the losses with the true words as input, the tutorial's BLEU-4 of the words predicted that way, and
@@ -205,10 +218,9 @@ def validate(model: Captioner, dataset: CaptionDataset, world: World, batch_size
     decoder.eval()
     sums = torch.zeros(len(Losses._fields), dtype=torch.float64, device=world.device)
     predicted, generated = [], []
-    loader = image_loader(dataset, batch_size, workers, world)
     for images, captions, lengths in progress_bar(loader, "validation", "batch", world.rank == 0):
         with autocast(world.device, model.precision):
-            features = encode(encoder, decoder, images, world.device)                   # (N, h, w, C)
+            features = encode(encoder, decoder, dataset.look_up(images), world.device)  # (N, h, w, C)
             captions = captions.flatten(0, 1).to(world.device)                          # (N * 5, L)
             decoded = teacher_forced(decoder, features, captions, lengths.view(-1, 1))
             found = beam_search(decoder, features, word_map, Search(beam_size=1), with_alphas=False)
@@ -218,7 +230,8 @@ def validate(model: Captioner, dataset: CaptionDataset, world: World, batch_size
         generated += [best.words for best, *_ in found]
     sums = sum_over(sums, world)
     predicted, generated = gather_in_order(predicted, world), gather_in_order(generated, world)
-    return Losses(*sums.tolist()), teacher_forced_bleu(dataset, predicted, word_map), generated
+    bleu4 = broadcast(teacher_forced_bleu(dataset, predicted, word_map) if world.rank == 0 else None, world)
+    return Losses(*sums.tolist()), bleu4, generated
 
 
 def predicted_words(decoded: Decoded) -> list[list[int]]:
@@ -239,16 +252,16 @@ def teacher_forced_bleu(dataset: CaptionDataset, predicted: list[list[list[int]]
         return 100 * float(bleu_score.corpus_bleu(references, [words for picture in predicted for words in picture]))
 
 
-def validate_epoch(run: Run, training: Training, batch_size: int) -> dict[str, Any]:
+def validate_epoch(run: Run, training: Training, loader: DataLoader) -> dict[str, Any]:
     """The second half of the log's row, with three captions to look at on the way."""
-    losses, bleu4_teacher_forced, captions = validate(training.captioner, run.val, run.world,
-                                                      max(1, batch_size // run.val.cpi), run.args.workers)
+    losses, bleu4_teacher_forced, captions = validate(training.captioner, run.val, loader, run.world)
     for i in shown_pictures(run.val):
         run.print0(printable(f"  picture {i}: {' '.join(captions[i])}   "
                              f"(people: {' '.join(run.val_references[i][0])})"))
     return {"val_loss": mean_loss(losses, run.args.alpha_c), "val_cross_entropy": losses.cross_entropy / losses.words,
             "val_doubly_stochastic": losses.doubly_stochastic / losses.captions,
-            "val_top5": 100 * losses.top5 / losses.words, "bleu4": bleu(run.val_references, captions)[3],
+            "val_top5": 100 * losses.top5 / losses.words,
+            "bleu4": broadcast(bleu(run.val_references, captions)[3] if run.world.rank == 0 else None, run.world),
             "bleu4_teacher_forced": bleu4_teacher_forced}
 
 
@@ -265,9 +278,11 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
             keep_features(dataset, training.captioner, args.workers, world.rank == 0)  # sets dataset.features
     items, captions_each = (Pictures(run.train), run.train.cpi) if args.whole_images else (run.train, 1)
     order = 2 * args.seed + stage  # another in each stage
-    sampler = EpochSampler(len(items), max(1, batch_size // captions_each), order, world.rank, world.size)
-    loader = DataLoader(items, batch_sampler=sampler, num_workers=args.workers, worker_init_fn=ignore_signals,
-                        pin_memory=world.device.type == "cuda")
+    # Of a picture the longest of its captions: it is decoded as long as that.
+    lengths = torch.from_numpy(run.train.caplens).view(-1, captions_each).amax(dim=1) if args.bucket else None
+    sampler = EpochSampler(len(items), max(1, batch_size // captions_each), order, world.rank, world.size, lengths)
+    loader = DataLoader(items, batch_sampler=sampler, **loader_options(args.workers, world))
+    val_loader = image_loader(run.val, VALIDATION_BATCH, args.workers, world)
     run.print0(f"stage {stage} ({'encoder too' if stage == 2 else 'decoder only'}): {len(run.train)} captions in "
                f"{sampler.steps} batches, {world.size} x {world.device} in {run.precision}; begins at epoch "
                f"{progress.epoch + 1}, batch {progress.step + 1}; best BLEU-4 so far "
@@ -276,7 +291,7 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
     while progress.epoch < epochs and progress.epochs_since_improvement < PATIENCE:
         row = train_epoch(run, training, loader, progress)
         began = time.monotonic()
-        row |= validate_epoch(run, training, batch_size)
+        row |= validate_epoch(run, training, val_loader)
         row["seconds"] += time.monotonic() - began
         # One epoch more is done: the row goes into progress.log, best and patience are brought up to date.
         improved = progress.finish_epoch(row)
@@ -309,8 +324,9 @@ def save(run: Run, training: Training, progress: Progress, improved: bool = Fals
     optimizers = {name: optimizer.state_dict() for name, optimizer in training.optimizers.items()}
     checkpoint = {**models, "word_map": run.word_map, "model": training.arguments,
                   "preprocessing": datasets.PREPROCESSING, "scores": scores,
-                  "training": {**vars(progress), "optimizers": optimizers, "args": vars(run.args),
-                               "world_size": run.world.size,
+                  "training": {**vars(progress), "optimizers": optimizers,
+                               "scaler": training.scaler.state_dict(),  # of float16 alone; else empty
+                               "args": vars(run.args), "world_size": run.world.size,
                                "launch": launch_id()}}  # by which processes that torchrun restarts know their own run
     if improved:
         save_checkpoint(run.files.best, checkpoint)
@@ -336,6 +352,9 @@ def build_training(run: Run, stage: int, start: dict[str, Any] | None) -> Traini
     if args.freeze_embeddings:
         decoder.fine_tune_embeddings(False)
     encoder, decoder = encoder.to(world.device), decoder.to(world.device)
+    if args.compile:
+        encoder.resnet.compile()  # in place: the names of its weights stay
+        decoder.step = torch.compile(decoder.step, dynamic=True)  # of ever fewer captions, by one program
     model: nn.Module = TeacherForcing(encoder, decoder)
     if world.size > 1:
         model = DistributedDataParallel(model)  # gives all ranks the weights and buffers of rank 0
@@ -346,7 +365,8 @@ def build_training(run: Run, stage: int, start: dict[str, Any] | None) -> Traini
         name: torch.optim.Adam([each for each in module.parameters() if each.requires_grad],
                                lr=learning_rates(vars(args), stage)[name], fused=True)
         for name, module in learning.items()}
-    training = Training(model, Captioner(encoder, decoder, run.word_map, run.precision), optimizers, arguments)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=run.precision == "float16")
+    training = Training(model, Captioner(encoder, decoder, run.word_map, run.precision), optimizers, scaler, arguments)
     if start and start["training"]:  # the original tutorial's checkpoints, and published ones, have none
         for name in load_optimizers(training, start["training"], args, stage):
             run.print0(f"what the checkpoint says of the {name}'s Adam does not fit the weights, so it begins anew")
@@ -361,6 +381,8 @@ def load_optimizers(training: Training, before: dict[str, Any], args: argparse.N
         Those that do not fit, and begin anew: weights do not need them.
     """
     unfit = []
+    if before.get("scaler"):
+        training.scaler.load_state_dict(before["scaler"])
     for name, rate in learning_rates(vars(args), stage).items():
         if name in before["optimizers"]:
             if not fits(training.optimizers[name], before["optimizers"][name]):
@@ -424,12 +446,17 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains, and returns the rows of the log."""
     check_arguments(args)
     world, precision = setup_world(args.device, args.precision)
-    if world.rank == 0 and (names := unused_flags(args)):
-        print(f"stage {args.stage} alone does not use {', '.join(names)}")
+    if world.rank == 0:
+        for line in cpu_advice(args.device, precision) if world.device.type == "cpu" else ():
+            print(line)
+        if names := unused_flags(args):
+            print(f"stage {args.stage} alone does not use {', '.join(names)}")
     word_map = datasets.load_word_map(args.data_folder, args.data_name)
     with claimed_output_folder(args, world) as checkpoint:
-        args.checkpoint = checkpoint  # the one that the flag names, or after a restart by torchrun the run's own
-        args.workers = loader_workers(args.workers, world.device)
+        # The checkpoint that the flag names or stands for, or after a restart by torchrun the run's own. In a copy:
+        # `resume_command` is told of the flags as they were given.
+        args = argparse.Namespace(**{**vars(args), "checkpoint": checkpoint,
+                                     "workers": loader_workers(args.workers, world.device)})
         train, val = (CaptionDataset(args.data_folder, args.data_name, split) for split in ("TRAIN", "VAL"))
         if not (len(train) and len(val)):
             raise InputError(f"{args.data_folder}: the splits TRAIN and VAL need pictures, and one of them has none")
@@ -473,7 +500,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("epochs", "batch_size", "decoder_lr"):
         if len(getattr(args, name)) > 2:
             raise UsageError(f"--{name} takes one number for both stages, or two, one for each")
-    if args.freeze_embeddings and not args.embeddings and not args.checkpoint:
+    if args.freeze_embeddings and not args.embeddings and args.checkpoint in (None, AUTO):  # which may begin anew
         raise UsageError("--freeze_embeddings freezes pretrained embeddings; name their file with --embeddings")
     if (args.embeddings or args.freeze_embeddings) and not hasattr(DECODERS[args.decoder], "fine_tune_embeddings"):
         raise UsageError(f"--embeddings, --freeze_embeddings: the decoder {args.decoder} has no fine_tune_embeddings, "
@@ -507,7 +534,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=integer(1), nargs="+", default=[80, 32], metavar="N",
         help="captions per process, by stage (default: 80 32)")
     add("--workers", type=integer(0), metavar="N",
-        help="processes that read pictures (default: 1 for a GPU, 0 on a CPU)")
+        help="processes that read pictures (default: 4 at most for a GPU, 0 on a CPU)")
     add("--encoder_lr", type=real(0, ends="()"), default=1e-4, metavar="R",
         help="Adam's rate for the encoder (default: 1e-4)")
     add("--decoder_lr", type=real(0, ends="()"), nargs="+", default=[4e-4], metavar="R",
@@ -519,7 +546,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="batches between two looks at the loss (default: 100)")
     add("--fine_tune_encoder", action="store_const", const="2", dest="stage", default="both",
         help="the same as --stage 2")
-    add("--checkpoint", metavar="FILE", help="resume from here")
+    add("--checkpoint", metavar="FILE|auto",
+        help="resume from here; auto: from the run's own in --output_folder, and begin where there is none")
     add_more_flags(parser)
     return parser
 
@@ -542,6 +570,8 @@ def add_more_flags(parser: argparse.ArgumentParser) -> None:
         help="1: decoder only; 2: fine-tuning of the encoder too, from --checkpoint; both in turn (default: both)")
     add("--whole_images", action="store_true",
         help="batches of pictures with all their captions: each picture is encoded once an epoch, not once a caption")
+    add("--bucket", action="store_true",
+        help="batches of captions of like length: fewer steps of decoding, another order")
     add("--cache_features", action="store_true",
         help="in stage 1, keep what the encoder makes of each picture beside the data, and never encode it again")
     add("--scheduled_sampling", type=real(0, 1), default=0.0, metavar="P",
@@ -557,9 +587,9 @@ def add_more_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("running").add_argument
     add("--checkpoint_minutes", type=real(0, math.inf), default=15, metavar="M",
         help="save within an epoch too (default: 15)")
-    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=("bfloat16", "float32"),
-        help="of matrix products (default: bfloat16 on a GPU that has it, else float32)")
+    add_device_flags(add)
+    add("--compile", action="store_true",
+        help="torch.compile the encoder and a decoding step: some minutes at first, faster steps on a GPU")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -17,9 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from safety.errors import InputError
+from safety.devices import unusable_device
+from safety.errors import InputError, UsageError
 from safety.signals import SIGNALS  # the numbers of those that came
 from safety.words import normal
+
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # of --precision
 
 
 class World(NamedTuple):
@@ -31,10 +35,7 @@ class World(NamedTuple):
 
 
 def setup_world(device: str | None, precision: str | None) -> tuple[World, str]:
-    """Joins the other processes, if torchrun started several, and chooses device and precision.
-
-    The precision is bfloat16 on a GPU that has it and float32 elsewhere, unless the user says otherwise.
-    """
+    """Joins the other processes, if torchrun started several, and chooses device and precision."""
     chosen = choose_device(device)
     world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), chosen)
     if chosen.type == "cpu":
@@ -42,10 +43,9 @@ def setup_world(device: str | None, precision: str | None) -> tuple[World, str]:
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # gloo: what is on the CPU
                                 timeout=timedelta(minutes=30))  # while rank 0 downloads weights, say
-    native = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = precision or ("bfloat16" if native else "float32")
-    torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")  # TF32 or not
-    torch.backends.cudnn.allow_tf32 = precision == "bfloat16"
+    precision = choose_precision(chosen, precision)
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")  # TF32 or not
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
     return world, precision
 
 
@@ -53,6 +53,8 @@ def choose_device(device: str | None) -> torch.device:
     """The device of that name, by default a GPU of this process's own or the CPU, once it is known to work."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if chosen.type not in {"cuda", "cpu"}:
+            raise UsageError(f"--device {device}: not tried yet, only cuda and cpu; leave the flag out")
         if chosen.type == "cuda":
             if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
                 raise InputError(f"--device {device}: each process takes a GPU of its own; leave the flag out")
@@ -61,10 +63,34 @@ def choose_device(device: str | None) -> torch.device:
             torch.cuda.set_device(chosen)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        instead = "leave the flag out" if device else "use --device cpu, or fewer processes"
-        raise InputError(f"--device {device or chosen}: PyTorch cannot use it here ({why}); {instead}") from error
+        raise InputError(f"--device {device or chosen}: PyTorch cannot use it here "
+                         f"{unusable_device(str(error), device)}") from error
     return chosen
+
+
+def choose_precision(device: torch.device, precision: str | None) -> str:
+    """The precision of matrix products that the user asks for, or the device's own: bfloat16 or float16 on a GPU that
+    has it, float32 elsewhere.
+
+    Raises:
+        UsageError: bfloat16 on a GPU that only emulates it, which is slower than float32.
+    """
+    if device.type == "cpu":
+        return precision or "float32"
+    native = torch.cuda.is_bf16_supported(including_emulation=False)            # from capability 8.0 on
+    half = "float16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"  # tensor cores, or none
+    if precision == "bfloat16" and not native:
+        raise UsageError(f"--precision bfloat16: {torch.cuda.get_device_name(device)} has no arithmetic for it, and "
+                         f"would emulate it slowly; use --precision {half}, this card's default")
+    return precision or ("bfloat16" if native else half)
+
+
+def add_device_flags(add: Callable[..., Any]) -> None:
+    """--device and --precision, the same in every script; `add` is a parser's `add_argument`."""
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--precision", choices=tuple(PRECISIONS),
+        help="of matrix products (default: on a GPU the first of bfloat16, float16 and float32 that it has arithmetic "
+        "for, on a CPU float32)")
 
 
 def keep_freed_memory() -> None:
@@ -79,15 +105,16 @@ def keep_freed_memory() -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which matrix products run in bfloat16, or in which nothing changes (float32)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    """The context in which matrix products run in 16 bits, or in which nothing changes (float32)."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
 
 
 def loader_workers(workers: int | None, device: torch.device) -> int:
     """How many DataLoader workers, if the user does not say: on a CPU they would only disturb the arithmetic."""
-    if workers is None:
-        return 1 if device.type == "cuda" else 0
-    return workers
+    if workers is not None:
+        return workers
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(4, max(1, cores)) if device.type == "cuda" else 0
 
 
 def gather(value: Any, world: World) -> list[Any]:

@@ -31,13 +31,13 @@ from benchmarks.setting import (
 )
 from caption import Search
 from create_input_files import create_input_files
-from datasets import CaptionDataset, EpochSampler, Pictures, encode, load_word_map
+from datasets import CaptionDataset, EpochSampler, Pictures, encode, load_word_map, loader_options
 from eval import generate_captions
 from models import Caption
 from training.features import keep_features
 from training.progress import Progress, mean_loss
 from training.resume import output_files
-from utils import autocast, loader_workers, setup_world
+from utils import PRECISIONS, autocast, loader_workers, setup_world
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -84,8 +84,7 @@ def load_batches(setting: Setting, run: train.Run, models: train.Training, stage
         keep_features(run.train, models.captioner, run.args.workers, False)
     pictures = Pictures(run.train)
     sampler = EpochSampler(len(pictures), max(1, setting.batch_size[stage - 1] // CAPTIONS_PER_IMAGE), 0)
-    return DataLoader(pictures, batch_sampler=sampler, num_workers=run.args.workers,
-                      pin_memory=run.world.device.type == "cuda")
+    return DataLoader(pictures, batch_sampler=sampler, **loader_options(run.args.workers, run.world))
 
 
 def steps(setting: Setting, stage: int, features_kept: bool = False) -> Iterator[int]:
@@ -141,8 +140,7 @@ def arithmetic(setting: Setting) -> dict[str, float]:
     """Operations a second: of a product of two large matrices, which is what the device can do, and of our works."""
     run, device = make_run(setting, setting.precision), torch.device(setting.device)
     size = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(size, size, device=device,
-                         dtype=torch.bfloat16 if setting.precision == "bfloat16" else torch.float32)
+    matrix = torch.randn(size, size, device=device, dtype=PRECISIONS[setting.precision])
     works: dict[str, Callable[[], object]] = {}
     for stage, kept, name in ((1, True, "decoder, a step of stage 1"), (2, False, "both, a step of stage 2")):
         models = load_training(setting, run, stage)

@@ -10,14 +10,16 @@ import numpy as np
 from benchmarks.setting import NAME
 
 TOLERANCE = 1e-5  # relative
+GPU_FLOAT32 = 1e-4  # there other algorithms and layouts sum 101 layers in another order
 
 
 class ProofError(Exception):
     """Both sides did not compute the same."""
 
 
-def compare_training(baseline: dict[str, float], ours: dict[str, float], dtype: str) -> dict[str, float]:
-    """Losses and gradient norms within 1e-5 of each other.
+def compare_training(baseline: dict[str, float], ours: dict[str, float], dtype: str,
+                     tolerance: float = TOLERANCE) -> dict[str, float]:
+    """Losses and gradient norms within the relative tolerance of each other.
 
     In float64 the gradient of each parameter; one that is less than a hundredth of all is compared to that hundredth.
     In float32 the decoder's gradients all together: those of the attention are small differences of large numbers, and
@@ -35,11 +37,11 @@ def compare_training(baseline: dict[str, float], ours: dict[str, float], dtype: 
                    "gradient_norm": abs(norms[1] - norms[0]) / norms[0]}
     if dtype == "float64":
         differences |= {name: abs(ours[name] - baseline[name]) / max(baseline[name], norms[0] / 100) for name in names}
-    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}  # not of NaN either
+    wrong = {name: value for name, value in differences.items() if not value <= tolerance}  # not of NaN either
     if wrong:
         worst = max(wrong, key=wrong.__getitem__)
         raise ProofError(f"{len(wrong)} of {len(differences)} numbers of a training step differ by more than "
-                         f"{TOLERANCE:g}, {worst} most, by {wrong[worst]:.2g} (loss {baseline['loss']:.7g} and "
+                         f"{tolerance:g}, {worst} most, by {wrong[worst]:.2g} (loss {baseline['loss']:.7g} and "
                          f"{ours['loss']:.7g}, norm of all gradients {norms[0]:.7g} and {norms[1]:.7g})")
     return {"loss": ours["loss"], "loss_difference": differences["loss"], "gradient_norm": norms[1],
             "gradient_norm_difference": differences["gradient_norm"], "gradients": len(names),

@@ -32,8 +32,17 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from benchmarks.data import make_data  # noqa: E402
-from benchmarks.proofs import ProofError, compare_captions, compare_files, compare_training  # noqa: E402
+from benchmarks.proofs import (  # noqa: E402
+    GPU_FLOAT32,
+    TOLERANCE,
+    ProofError,
+    compare_captions,
+    compare_files,
+    compare_training,
+)
 from benchmarks.setting import Setting  # noqa: E402
+from safety.devices import cpu_has_bfloat16  # noqa: E402
+from utils import PRECISIONS, choose_precision  # noqa: E402
 
 COCO = {  # work: what it is on COCO's Karpathy splits, and how many of its units that takes
     "preparation": ("all files, 24 GB of pixels", 123_287),
@@ -61,7 +70,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=5, metavar="N", help="each is one turn of both (default: 5)")
     add("--json", metavar="FILE", help="all figures, into a file")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of ours (default: bfloat16)")
+    add("--precision", choices=tuple(PRECISIONS), help="of ours (default: the fastest that the device has)")
     add("--encoder", default="resnet101", metavar="NAME", help="a ResNet of torchvision (default: resnet101)")
     add("--encoder_weights", default="none", metavar="NAME|none", help="torchvision's name (default: none, random)")
     add("--width", type=int, default=512, help="of embedding, attention and LSTM (default: 512)")
@@ -77,6 +86,13 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def fastest_precision(device: torch.device) -> str:
+    """On a CPU not what the scripts take by themselves, which is float32, the exact one."""
+    if device.type == "cpu":
+        return "bfloat16" if cpu_has_bfloat16() else "float32"
+    return choose_precision(device, None)
+
+
 def make_setting(args: argparse.Namespace, folder: Path) -> Setting:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sizes = {"pictures": (600, 1600), "steps": (2, 20), "our_steps": (4, 60), "warm_up": (1, 4), "searched": (3, 20)}
@@ -89,7 +105,8 @@ def make_setting(args: argparse.Namespace, folder: Path) -> Setting:
         raise ValueError(f"of {chosen['pictures']} --pictures the test split has {n_test}, fewer than --searched or "
                          "--proof_pictures asks for")
     weights = None if args.encoder_weights == "none" else args.encoder_weights
-    return Setting(folder, device, args.precision, args.encoder, weights, args.width, args.vocabulary,
+    precision = args.precision or fastest_precision(torch.device(device))
+    return Setting(folder, device, precision, args.encoder, weights, args.width, args.vocabulary,
                    batch_size=tuple(args.batch_size), proof_pictures=args.proof_pictures, **chosen)
 
 
@@ -129,7 +146,8 @@ def prove_training(ask: Ask, setting: Setting, proofs: dict[str, Any], stage: in
         name = f"stage{stage}{'_features_kept' if features_kept else ''}_{dtype}"
         if name not in proofs:
             pair = ask_both(ask, "training_proof", setting, stage, dtype, features_kept)
-            proofs[name] = compare_training(*pair, dtype)
+            on_gpu = torch.device(setting.device).type == "cuda" and dtype == "float32"
+            proofs[name] = compare_training(*pair, dtype, GPU_FLOAT32 if on_gpu else TOLERANCE)
 
 
 def training(setting: Setting, rounds: int, proofs: dict[str, Any], stage: int,

@@ -23,11 +23,13 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
 
 
-def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None, mapped: bool = True) -> dict[str, Any]:
     """Reads a checkpoint of ours, or of the original tutorial or a fork of it, onto the CPU. Runs nothing of it.
 
     Args:
         word_map: for the original tutorial's checkpoints, which do not hold it.
+        mapped: through a memory map, if the file system has them: of an optimizer, which captions need not, nothing is
+            read. As long as the result is held, Windows lets nobody replace the file.
 
     Returns:
         A dict with `encoder` and `decoder` (state_dicts), `word_map`, `model` (arguments that rebuild both),
@@ -39,7 +41,7 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None) ->
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; name one that train.py made with --checkpoint")
     try:
-        state = _unpickle(path)
+        state = _unpickle(path, mapped)
         if isinstance(state, dict) and "format" not in state:
             state = {"format": CHECKPOINT_FORMAT, **from_tutorial(state, path)}
     except InputError:
@@ -85,7 +87,7 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def _unpickle(path: str | Path) -> Any:
+def _unpickle(path: str | Path, mapped: bool = True) -> Any:
     """What the file holds, by PyTorch's own list of harmless names, or else with stand-ins for all names."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -94,8 +96,11 @@ def _unpickle(path: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what the file's maker did
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads what is used
-    except Exception:  # it names something else: a fork's of the original tutorial, maybe, or no checkpoint
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception:
+        if mapped:
+            return _unpickle(path, mapped=False)  # network folders may have no maps
+        # It names something else: a fork's of the original tutorial, maybe, or no checkpoint.
         return {**load_inert(path), "training": None}  # which cannot be resumed from stand-ins
 
 

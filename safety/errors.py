@@ -101,7 +101,7 @@ def in_one_line(error: Exception, args: argparse.Namespace) -> str:
     """What to say of a failure: what the user can do or, of an unexpected one, where it arose."""
     text = str(error)
     out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(
-        "ALLOC_FAILED|an(no|')t allocate memory", text)
+        "ALLOC_FAILED|an(no|')t allocate memory|out of memory|CUDA calloc", text)
     if out_of_memory and not isinstance(error, InputError):
         sizes = getattr(args, "batch_size", 1)
         sizes = sizes if isinstance(sizes, list) else [sizes]
@@ -113,9 +113,14 @@ def in_one_line(error: Exception, args: argparse.Namespace) -> str:
         if "Original Traceback" in text:  # it was raised in a DataLoader worker
             return text.splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
         return text
+    if "Bus error" in text or "out of shared memory" in text:
+        return ("the workers that read pictures have too little shared memory; start a container with --shm-size=8g or "
+                "--ipc=host, or use --workers 0")
     if "DataLoader worker" in text:
         return (f"a worker that reads pictures died ({text.splitlines()[0]}); often memory ran out: try fewer "
                 "--workers, 0 at the least")
+    if re.search("working (triton|C\\+\\+ compiler)", text):
+        return f"--compile cannot work here ({reason(error)}); leave it out"
     if isinstance(error, RuntimeError) and "onnection" in text and dist.is_initialized():
         return "another process ended, and so does this one"
     ours = [f"{Path(file).name}:{line}" for file, line, *_ in traceback.extract_tb(error.__traceback__)[1:]

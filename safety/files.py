@@ -103,6 +103,13 @@ def open_locked(path: Path, mode: str) -> IO[Any]:
         file.close()  # another process's `remove_stale` deleted it before it was locked
 
 
+def replace_open(file: IO[Any], path: Path) -> None:
+    """Gives an open file its name while its lock is held; on Windows, which knows neither, once it is closed."""
+    if not fcntl:
+        file.close()
+    Path(file.name).replace(path)
+
+
 def remove_stale(path: Path) -> None:
     """Removes the temporary files and folders of this name that killed processes left: those that nobody has locked."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

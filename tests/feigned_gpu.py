@@ -2,8 +2,10 @@
 
 Two things go wrong only on a GPU, and no test on a CPU sees them: tensors of both devices meet in one operation, which
 is an error; or the program waits for the GPU in the midst of a step, which makes it slow. Within `feigned_gpu` the
-first raises, and the second is counted. How fast a GPU is, how much memory it has and what its own kernels and numbers
-are, it cannot tell; and what is to be copied without waiting it takes for pinned.
+first raises, and the second is counted. With `cuda_rules` a third is seen, on the way forward: autocast has another
+list of operations for CUDA than for a CPU, and what it leaves in two dtypes raises. How fast a GPU is, how much memory
+it has and what its own kernels and numbers are, it cannot tell; and what is to be copied without waiting it takes for
+pinned.
 """
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,6 +29,25 @@ PACKING = {aten._pack_padded_sequence.default, aten._pack_padded_sequence_backwa
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 SIZED_BY_VALUES = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
                    aten.equal.default, aten.bincount.default, aten._unique2.default, aten.repeat_interleave.Tensor}
+
+
+def in_float32(operation: Any, scores: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    return operation(scores.float() if half_to_float else scores, dim, False)
+
+
+def fused_lstm_cell(of_input: Tensor, of_hidden: Tensor, c: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if len({each.dtype for each in (of_input, of_hidden, c, *biases)}) > 1:
+        raise RuntimeError(f"aten._thnn_fused_lstm_cell: gates in {of_hidden.dtype}, and c in {c.dtype}")
+    gates = of_input.float() + of_hidden.float() + sum(each.float() for each in biases)
+    i, f, g, o = gates.chunk(4, dim=1)
+    new_c = f.sigmoid() * c.float() + i.sigmoid() * g.tanh()
+    return (o.sigmoid() * new_c.tanh()).to(c.dtype), new_c.to(c.dtype), gates.to(c.dtype)
+
+
+ONLY_ON_CUDA = {  # operations, or ways to call them, for which a CPU has no kernel
+    **{each: partial(in_float32, each) for each in (aten._softmax.default, aten._log_softmax.default)},
+    aten._thnn_fused_lstm_cell.default: fused_lstm_cell,
+    aten.cudnn_batch_norm.default: lambda *args: (*aten.native_batch_norm(*args), torch.empty(0))}
 
 
 class Seen(NamedTuple):
@@ -45,7 +67,8 @@ class OnGPU(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> OnGPU:
         tensor = Tensor._make_wrapper_subclass(cls, held.size(), strides=held.stride(), dtype=held.dtype,
-                                               storage_offset=held.storage_offset())
+                                               storage_offset=held.storage_offset(),
+                                               device=GPU if Feigning.active.cuda_rules else None)
         tensor.held = held
         return tensor
 
@@ -76,8 +99,9 @@ class Feigning(TorchDispatchMode):
 
     active: Feigning
 
-    def __init__(self) -> None:
+    def __init__(self, cuda_rules: bool) -> None:
         super().__init__()
+        self.cuda_rules = cuda_rules
         self.seen = Seen(Counter(), Counter())
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,15 +121,20 @@ class Feigning(TorchDispatchMode):
         others = [each for each in tensors if not isinstance(each, OnGPU) and each.dim() > 0]
         on_gpu = bool(ours)
         if kwargs.get("device") is not None:
-            # PyTorch's own C++ takes these tensors for the CPU's, and makes what it adds there.
-            on_gpu = on_gpu or kwargs["device"].type == "cuda" or (not tensors and made_for_the_gpu(operation))
+            # Without CUDA's rules PyTorch's own C++ takes these tensors for the CPU's, and makes what it adds there.
+            on_gpu = on_gpu or kwargs["device"].type == "cuda" or (
+                not tensors and not self.cuda_rules and made_for_the_gpu(operation))
             kwargs = {**kwargs, "device": torch.device("cpu")}
+        if on_gpu and kwargs.get("generator") is not None:
+            raise RuntimeError(f"{operation}: the generator is on the CPU, and the tensor on cuda:0")
         if operation in INDEXING and ours:
             if others and isinstance(args[0], OnGPU):  # allowed, but the index has to get there first
                 self.wait()
                 others = []
             if any(each is not None and each.dtype == torch.bool for each in args[1]):
                 self.wait()
+        if operation in PACKING and len(ours) > 1:
+            raise RuntimeError(f"{operation}: the lengths are on cuda:0, and have to be on the CPU")
         if ours and others and operation not in MOVES | PACKING:
             raise RuntimeError(f"{operation}: some tensors are on cuda:0, and some on the CPU, those of the shapes "
                                f"{[tuple(each.shape) for each in others]}")
@@ -116,7 +145,7 @@ class Feigning(TorchDispatchMode):
 
         held = {id(each.held): each for each in ours}
         args, kwargs = tree_map_only(OnGPU, lambda each: each.held, (args, kwargs))
-        result = operation(*args, **kwargs)
+        result = ONLY_ON_CUDA.get(operation, operation)(*args, **kwargs)
         if not on_gpu:
             return result
         if not operation.is_view:
@@ -141,16 +170,29 @@ class CPUAutocast(torch.autocast):
 
 
 @contextmanager
-def feigned_gpu() -> Iterator[Seen]:
-    """There is one GPU, cuda:0. Gives what it was asked to do."""
+def feigned_gpu(cuda_rules: bool = False) -> Iterator[Seen]:
+    """There is one GPU, cuda:0. Gives what it was asked to do.
+
+    Args:
+        cuda_rules: PyTorch's own C++, too, takes its tensors for a GPU's: they get CUDA's dispatch keys and autocast.
+            On the way forward only; a backward pass would need a real GPU.
+    """
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    Feigning.active = Feigning()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU) is seen as a copy to the GPU, which waits
+    Feigning.active = Feigning(cuda_rules)
+    if cuda_rules:
+        torch._C._ensureCUDADeviceGuardSet()  # where no GPU is found, one that guards nothing
+        autocast = mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    else:
+        autocast = mock.patch("torch.autocast", CPUAutocast)
     try:
         with (mock.patch("torch.cuda._lazy_init"), mock.patch("torch.cuda.set_device"),
-              mock.patch("torch.cuda.is_bf16_supported", lambda **_: True),
-              mock.patch("torch.autocast", CPUAutocast),
+              mock.patch("torch.cuda.is_bf16_supported", lambda **_: True), autocast,
+              mock.patch("torch.cuda.get_device_capability", lambda _: (8, 0)),
+              mock.patch("torch.cuda.mem_get_info", lambda _: (10 ** 9, 10 ** 9)),
               mock.patch("torch._C._InferenceMode", lambda on: torch.set_grad_enabled(not on)), Feigning.active):
             yield Feigning.active.seen
     finally:
+        torch._C._set_only_lift_cpu_tensors(False)
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)

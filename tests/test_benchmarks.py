@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import caption
-from benchmarks import baseline, ours, run, tutorial
+from benchmarks import baseline, gpu, ours, run, tutorial
 from benchmarks import setting as setting_module
 from benchmarks.data import make_data
 from benchmarks.proofs import ProofError, compare_captions, compare_files, compare_training
@@ -169,3 +169,19 @@ def test_peak_memory_is_that_of_the_work():
                 block[page] = 1
 
     assert 60e6 < peak_bytes(touch, "cpu") < 80e6
+
+
+def test_the_gpus_benchmark_runs_dry_and_makes_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "STEPS", {name: (stage, kept, 10) for name, (stage, kept, _) in gpu.STEPS.items()})
+    monkeypatch.setattr(gpu, "SEARCHED", (2, 3))
+    monkeypatch.setattr(gpu, "MEASURED", ("bfloat16",))  # a CPU takes long in float16
+    path = tmp_path / "gpu.json"
+    report = gpu.main(gpu.get_parser().parse_args(["--tiny", "--device", "cpu", "--json", str(path)]))
+    assert json.loads(path.read_text()) == report
+    assert report["gradients"] < 1e-9
+    table = capsys.readouterr().out
+    for name in gpu.STEPS:
+        figures = report["bfloat16"][name]
+        assert figures["captions/s"] == pytest.approx(10 / figures["ms"] * 1e3)
+        assert 0 < figures["host ms"] <= figures["ms"]
+        assert f"| {name} | bfloat16 | {figures['captions/s']:.4g} |" in table

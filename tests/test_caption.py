@@ -96,7 +96,7 @@ def test_weights_lie_as_the_pixels_do():
     """Row by row, from the top left: a picture's upper half is the first half of its pixels. What cannot form a square
     is one row."""
     words = {0: "<start>", 1: "<end>", 2: "a"}
-    square, row = (to_caption([0, 2, 1], [0.0, -1.0, -3.0], np.arange(3 * pixels).reshape(3, pixels), words, True)
+    square, row = (to_caption([0, 2, 1], [0.0, -1.0, -3.0], np.arange(3 * pixels).reshape(3, pixels), words)
                    for pixels in (4, 6))
     assert square.sequence_alphas.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
     assert square.alphas.tolist() == [[[4, 5], [6, 7]]]

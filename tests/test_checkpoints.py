@@ -26,9 +26,12 @@ from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_train import flags
 from torch import nn
 
 import caption
+import eval as evaluation
+import train
 from models import DecoderWithAttention, Encoder, restore
 from safety import old_checkpoints
 from safety.checkpoints import load_checkpoint, load_weights, save_checkpoint
@@ -98,6 +101,29 @@ def test_models_are_rebuilt_with_the_same_outputs(ours):
     assert same(decoder(features, *CAPTIONS), same_decoder(features, *CAPTIONS)), "no dropout"
     pooled, expected = decoder(encoder.grid(pictures), *CAPTIONS), same_decoder(features, *CAPTIONS)
     torch.testing.assert_close(pooled, expected)  # it pools by itself
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="maps are read from /proc")
+def test_no_checkpoint_stays_mapped(prepared, tmp_path, monkeypatch):
+    """Windows lets nobody replace a mapped file, and so train.py could not save."""
+    def maps() -> list[str]:
+        return [line for line in Path("/proc/self/maps").read_text().splitlines() if ".pth.tar" in line]
+
+    seen = []
+    for module, name in ((train, "train_epoch"), (evaluation, "generate_captions")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, own=function: seen.append(maps()) or own(*args))
+    arguments = flags(prepared, tmp_path, "--epochs", 1)
+    train.main(train.get_parser().parse_args(arguments))                        # stage 2 begins from a file
+    path = tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+    train.main(train.get_parser().parse_args([*arguments, "--epochs", "1", "2", "--checkpoint", str(path)]))
+    evaluation.main(evaluation.get_parser().parse_args([
+        "--data_folder", str(prepared.folder), "--data_name", prepared.name, "--checkpoint", str(path), "--beam_size",
+        "1", "--device", "cpu"]))
+    model = caption.load(path, device="cpu")
+    assert seen == [[]] * 4 and maps() == [] and len(model) == 4
+    held = load_checkpoint(path)
+    assert maps() and held  # so that the test would see one
 
 
 def test_a_decoder_is_built_by_its_name(ours):

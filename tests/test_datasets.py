@@ -1,6 +1,7 @@
 """datasets.py: any picture file to the right pixels, prepared folders to the right batches, wrong ones to one line."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -19,14 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import resized_crop
 
+import datasets
 from caption import Captioner
 from datasets import (
     CaptionDataset,
     EpochSampler,
     Pictures,
     augment,
+    crop,
     encode,
     image_loader,
     load_word_map,
@@ -211,7 +216,7 @@ def test_a_mistake_of_scale_is_measured():
 
 
 def test_augmented_pictures_are_parts_of_themselves_half_of_them_mirrored(monkeypatch):
-    monkeypatch.setattr("torchvision.transforms.v2.ColorJitter", lambda **_: torch.nn.Identity())
+    monkeypatch.setattr(datasets, "COLOUR_CHANGES", (0, 0, 0))
     across = torch.arange(64, dtype=torch.uint8).expand(400, 3, 64, 64)         # dark on the left, bright on the right
     changed = augment(across)
     assert (changed.shape, changed.dtype) == (across.shape, across.dtype)
@@ -223,6 +228,35 @@ def test_augmented_pictures_are_parts_of_themselves_half_of_them_mirrored(monkey
     one = augment(across)
     torch.manual_seed(1)
     assert torch.equal(one, augment(across)) and not torch.equal(one, changed)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("box", [(0, 0, 64, 48), (10, 3, 50, 40), (21, 0, 43, 37)])  # top, left, height, width
+def test_a_part_is_enlarged_as_torchvision_does(box, mirrored):
+    """But for its border, where torchvision sees nothing beyond the part and we see the picture."""
+    pictures = torch.randint(0, 256, (2, 3, 64, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = resized_crop(pictures.float(), *box, [64, 48], antialias=True)
+    shares = [torch.full((2,), number / size) for number, size in zip(box, (64, 48, 64, 48), strict=True)]
+    one = crop(pictures.float(), *shares, torch.tensor([mirrored, mirrored]))
+    one = one.flip(3) if mirrored else one
+    assert (one - expected)[:, :, 2:-2, 2:-2].abs().max() < 1e-2
+    assert (one.round() - expected.round())[:, :, 2:-2, 2:-2].abs().max() <= 1
+
+
+def test_augmenting_takes_as_many_operations_whatever_the_batch():
+    class Counting(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            self.operations += not operation.is_view
+            return operation(*args, **(kwargs or {}))
+
+    counts = set()
+    for n in (1, 16):
+        with Counting() as counting:
+            augment(torch.zeros(n, 3, 32, 32, dtype=torch.uint8))
+        counts.add(counting.operations)
+    assert len(counts) == 1 and max(counts) <= 60
 
 
 def test_augmented_pictures_change_their_colours_a_little():
@@ -684,6 +718,36 @@ def test_an_epoch_can_resume_at_any_step(items, batch, world, step):
         sampler.first_step = min(step, len(whole))
         assert list(sampler) == whole[sampler.first_step:]
         assert len(sampler) == len(whole) - sampler.first_step
+
+
+@given(some_items, some_size, a_few, st.integers(0, 50))
+@quick
+def test_batches_of_like_length_hold_every_item_once(items, batch, world, step):
+    """On any number of processes, before a resume and after it, and the short batch comes last."""
+    lengths = torch.randint(3, 20, (items,), generator=torch.Generator().manual_seed(items))
+    seen = []
+    for rank in range(world):
+        sampler = EpochSampler(items, batch, 0, rank, world, lengths)
+        whole = list(sampler)
+        assert [len(share) for share in whole] == [len(share) for share in EpochSampler(items, batch, 0, rank, world)]
+        seen += [i for step, share in enumerate(whole) if sampler.has_share(step) for i in share]
+        sampler.first_step = min(step, len(whole))
+        assert list(sampler) == whole[sampler.first_step:]
+    assert sorted(seen) == list(range(items))
+
+
+def test_batches_of_like_length_are_decoded_in_few_steps_and_come_in_any_order():
+    lengths = torch.randint(5, 25, (4000,), generator=torch.Generator().manual_seed(0))
+    sampler = EpochSampler(4000, 20, 0, lengths=lengths)
+    batches = [lengths[batch] for batch in sampler]
+    assert max(int(batch.amax() - batch.amin()) for batch in batches[:-1]) <= 3
+    longest = [int(batch.amax()) for batch in batches]
+    assert 14 < sum(longest) / len(longest) < 15.5                              # their mean is 14.5; drawn singly 23.6
+    changes = sum(one != other for one, other in itertools.pairwise(longest))
+    assert changes > 0.9 * len(longest)  # not sorted: long ones follow short ones
+    first = list(sampler)
+    sampler.epoch = 1
+    assert list(sampler) != first
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import eval as evaluation
 import train
 from caption import Captioner, Search, beam_search, by_consensus, caption_pixels
-from datasets import CaptionDataset, load_word_map, normalize, reverse, words_of
+from datasets import CaptionDataset, image_loader, load_word_map, normalize, reverse, words_of
 from eval import bleu, brevity_penalty, generate_captions, meteor, score
 from models import Decoded, DecoderWithAttention, Encoder, Losses, caption_losses
 from safety.checkpoints import save_checkpoint
@@ -206,16 +206,18 @@ def test_losses_are_the_plain_formulas():
             loss -= scores[row, t].log_softmax(0)[target].item()
             near += int((scores[row, t] > scores[row, t, target]).sum() < 5)
     attention = sum(((1 - alphas[row, :length].sum(0)) ** 2).mean().item() for row, length in enumerate(lengths))
-    found = losses_of(output)
+    assert losses_of(output).top5 == 0, "nothing shows it in training"
+    found = losses_of(tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in output))
     assert [each.item() for each in found] == pytest.approx([loss, attention, near, n_words, 5], rel=1e-5)
     assert 0 < near < n_words
     assert found.mean(found, 0.7).item() == pytest.approx(loss / n_words + 0.7 * attention / 5, rel=1e-5)
 
 
 def test_losses_carry_gradients_and_take_few_words():
-    found = losses_of(teacher_forced(vocab_size=3))
+    assert [each.requires_grad for each in losses_of(teacher_forced(vocab_size=3))] == [True, True, False, False, False]
+    with torch.no_grad():
+        found = losses_of(teacher_forced(vocab_size=3))
     assert found.top5 == found.words, "of three words all are among the first five"
-    assert [each.requires_grad for each in found] == [True, True, False, False, False]
 
 
 def test_losses_count_exactly_in_bfloat16():
@@ -251,7 +253,8 @@ def test_validation_is_one_pass_over_everything(batch_size, model, prepared):
     scores, _, lengths, _, order = output
     predictions = {int(i): scores[row, :length].argmax(1).tolist()
                    for row, (i, length) in enumerate(zip(order, lengths, strict=True))}
-    losses, bleu4, generated = train.validate(model.captioner, dataset, ALONE, batch_size)
+    loader = image_loader(dataset, batch_size, 0, ALONE)
+    losses, bleu4, generated = train.validate(model.captioner, dataset, loader, ALONE)
     assert losses == pytest.approx([each.item() for each in losses_of(output)], rel=1e-5)
     assert losses.captions == len(dataset) == 30
     assert bleu4 == pytest.approx(tutorials_bleu(dataset, predictions, model.words)) and 10 < bleu4 < 90

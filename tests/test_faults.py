@@ -196,6 +196,22 @@ def test_a_run_killed_at_any_time_is_the_run_left_alone(server: Any, folders: li
     assert leftovers(folder / "data", folder / "out") == []
 
 
+def test_a_run_in_float16_that_is_killed_is_the_run_left_alone(server: Any, prepared: Prepared,
+                                                               tmp_path: Path) -> None:
+    """With batches of like length: what scales its loss, and the order of its captions, are where they were."""
+    both = []
+    shutil.copytree(prepared.folder, tmp_path / "data")
+    for name, faults in (("alone", []), ("killed", [("train.train_step", 3), ("train.train_step", 4)])):
+        arguments = kept_flags(prepared, tmp_path, "--output_folder", tmp_path / name, "--precision", "float16",
+                               "--bucket", "--checkpoint_minutes", 0, "--stage", 1)
+        for fault in (*faults, None):
+            process = start(server, "train", [*arguments, *resume_flags(tmp_path / name, prepared)],
+                            tmp_path / f"{name}.txt", *[fault] * bool(fault))
+            assert finish(process) == (-signal.SIGKILL if fault else 0), (tmp_path / f"{name}.txt").read_text()
+        both.append(tmp_path / name)
+    assert_same_files(*both, prepared)
+
+
 PREPARING = [("create_input_files.write_json", 3), ("create_input_files.write_images", 2), None, None,
              ("preparing.pixels.check_pixels", 3), ("Path.replace", 1), ("Path.replace", 3), ("Path.replace", 5)]
 
@@ -265,6 +281,24 @@ def test_a_stopped_run_saves_and_says_how_to_resume(server: Any, folders: list[P
     assert shlex.split(command) == ["train.py", *arguments, *resume_flags(tmp_path / "out", prepared)]
     if where in ("train.train_step", "train.run_stage"):
         assert finish(start(server, "train", shlex.split(command)[1:], tmp_path / "output")) == 0
+        assert_same_files(tmp_path / "out", alone, prepared)
+
+
+def test_one_command_begins_resumes_and_ends_a_run(server: Any, folders: list[Path], alone: Path, prepared: Prepared,
+                                                   tmp_path: Path) -> None:
+    """--checkpoint auto, for who starts it again without looking: stopped, killed, and started after its end."""
+    arguments = flags(prepared, tmp_path / "out", "--data_folder", folders[0] / "data", "--cache_features",
+                      "--checkpoint_minutes", 0, "--checkpoint", "auto")
+    for fault, status in ((("train.train_step", 1, signal.SIGKILL), -signal.SIGKILL),  # before there is a checkpoint
+                          (("train.train_step", 3, signal.SIGTERM), 143), (("train.validate", 1), -signal.SIGKILL),
+                          (("train.run_stage", 2, signal.SIGINT), 130), (("train.train_step", 2), -signal.SIGKILL)):
+        assert finish(start(server, "train", arguments, tmp_path / "output", fault)) == status
+        if status > 0:
+            command = last_line(tmp_path / "output").split("resume it with: ")[1]
+            assert shlex.split(command) == ["train.py", *arguments], "the same"
+    for _ in range(2):
+        assert finish(start(server, "train", arguments, tmp_path / "output")) == 0
+        assert "stage 2 is over, all its epochs are done" in last_line(tmp_path / "output")
         assert_same_files(tmp_path / "out", alone, prepared)
 
 
@@ -370,12 +404,13 @@ def two(server: Any, prepared: Prepared, tmp_path_factory: pytest.TempPathFactor
     return folder / "out"
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize(("nodes", "more"), [(1, []), (1, ["--checkpoint", "auto"]), (2, [])])
 def test_torchrun_starts_a_killed_process_again_from_the_last_checkpoint(server: Any, two: Path, prepared: Prepared,
-                                                                         tmp_path: Path, nodes: int) -> None:
+                                                                         tmp_path: Path, nodes: int,
+                                                                         more: list[str]) -> None:
     """The second node's folder holds no checkpoint: the first process's counts."""
     folders = [tmp_path / str(i) for i in range(nodes)]
-    arguments = flags(prepared, Path("out"), "--epochs", 1, "--checkpoint_minutes", 0)
+    arguments = flags(prepared, Path("out"), "--epochs", 1, "--checkpoint_minutes", 0, *more)
     assert torchrun(server, folders, arguments, "train.train_step", 2, restarts=3) == [0] * nodes
     [out] = [folder / "out" for folder in folders if (folder / "out").exists()]
     [output] = [folder / "output0" for folder in folders if (folder / "output0").exists()]

@@ -127,6 +127,7 @@ def test_a_bug_is_one_line_that_says_where(debug, monkeypatch, capsys):
 @pytest.mark.parametrize("failure, told", [
     (MemoryError(), True), (OSError(12, "Cannot allocate memory"), True),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+    (RuntimeError("CUDA error: out of memory"), True), (RuntimeError("Failed to CUDA calloc async 24 bytes"), True),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
     (InputError("--encoder_weights x: not a state dict (RuntimeError: can't allocate memory)"), False)])
 def test_memory_that_is_too_small_is_told(failure, told):
@@ -134,6 +135,16 @@ def test_memory_that_is_too_small_is_told(failure, told):
     assert ("out of memory with --batch_size 8 3; try --batch_size 4 1" in line) == told
     assert told or line == str(failure)
     assert ("out of memory; end other programs" in in_one_line(failure, argparse.Namespace())) == told
+
+
+@pytest.mark.parametrize("text, remedy", [
+    ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+     "shared memory. Please try to raise your shared memory limit.", "start a container with --shm-size=8g"),
+    ("Cannot find a working triton installation. Either the package is not installed", "--compile cannot work here"),
+    ("No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')", "--compile cannot work here")])
+def test_what_a_machine_lacks_is_told_with_its_remedy(text, remedy):
+    line = in_one_line(RuntimeError(text), argparse.Namespace())
+    assert remedy in line and "report it" not in line and "\n" not in line
 
 
 def test_a_wrong_flag_is_one_line_and_status_2(monkeypatch, capsys):

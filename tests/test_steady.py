@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import train
 from caption import Captioner, Search
-from datasets import CaptionDataset, EpochSampler, Pictures, load_word_map
+from datasets import CaptionDataset, EpochSampler, Pictures, image_loader, load_word_map
 from eval import generate_captions
 from models import DecoderWithAttention, Encoder
 from safety.signals import ignore_signals
@@ -65,7 +65,7 @@ def test_memory_of_evaluation_is_flat(prepared: Prepared) -> None:
     train.keep_features(dataset, model, 0, show=False)
 
     def work() -> None:
-        train.validate(model, dataset, one, 4)
+        train.validate(model, dataset, image_loader(dataset, 4, 0, one), one)
         generate_captions(model, dataset, Search(beam_size=2, max_len=8), one, 4)
 
     try:

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ import torchvision
 from conftest import ENCODER, Prepared
 from PIL import Image
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 import caption
@@ -30,8 +33,9 @@ import train
 from datasets import CaptionDataset, EpochSampler, Pictures, load_word_map, normalize
 from models import DECODERS, Annotations, DecoderWithAttention, Encoder, Losses
 from safety.errors import InputError
+from safety.signals import Stopped
 from training.gaze import draw_sheet
-from training.progress import Progress
+from training.progress import Progress, Watch
 from training.resume import check_resume, claimed_output_folder, lock_folder, output_files
 from utils import World
 
@@ -191,6 +195,33 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(train, "train_step", step)
 
 
+@pytest.mark.parametrize(("device", "processes", "asked"), [
+    ("cuda", 2, [10, 20, 23]), ("cuda", 1, []), ("cpu", 2, [*range(8, 24)])])
+def test_several_gpus_ask_each_other_for_signals_at_every_tenth_step(monkeypatch: pytest.MonkeyPatch, device: str,
+                                                                     processes: int, asked: list[int]) -> None:
+    """And at the last, each rank at the same ones, here after a resume: then one that was sent a signal stops all."""
+    monkeypatch.setattr("utils.SIGNALS", signals := [])
+    steps: list[int] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: steps.append(progress.step))
+    args, world = train.get_parser().parse_args([]), World(0, processes, torch.device(device))
+
+    def watch(sent: int = 0) -> None:
+        with Watch(args, world, progress, 23, lambda: saved.append(progress.step)) as watched:
+            while progress.step < 23:
+                signals.extend([signal.SIGTERM] * (progress.step + 1 == sent))
+                watched.after_step(torch.ones(5))
+
+    progress, saved = Progress(1, step=7), []
+    watch()
+    assert (steps, saved) == (asked, [23])
+    progress, saved, steps[:] = Progress(1), [], []
+    with pytest.raises(Stopped):
+        watch(sent=13)
+    assert saved == [20 if asked == [10, 20, 23] else 13]
+    assert progress.sums == [saved[0]] * 5
+    assert steps[-2:] == saved * 2 * bool(asked), "once more, to wait for the first to have saved"
+
+
 def test_the_order_of_captions_may_be_the_tutorials(prepared: Prepared, tmp_path: Path) -> None:
     """Without --whole_images each caption is drawn alone, and the same number is seen."""
     arguments = [each for each in flags(prepared, tmp_path, "--stage", 1, "--epochs", 1) if each != "--whole_images"]
@@ -243,6 +274,36 @@ def test_the_tuned_recipe_resumed_is_the_run_left_alone(prepared: Prepared, tmp_
     run(prepared, tmp_path / "stopped", *recipe, "--checkpoint",
         tmp_path / "stopped" / f"checkpoint_{prepared.name}.pth.tar")
     assert_same_run(load(tmp_path / "stopped", prepared), load(tmp_path / "alone", prepared))
+
+
+def test_float16_learns_what_float32_does_and_its_checkpoint_loads_anywhere(prepared: Prepared, straight: Path,
+                                                                             tmp_path: Path) -> None:
+    """In stage 1 alone: a CPU takes long for a convolution's gradients in float16."""
+    rows = run(prepared, tmp_path, "--precision", "float16", "--stage", 1)
+    expected = load(straight, prepared)["training"]["log"][:2]
+    for name in ("train_loss", "val_loss"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in expected], rel=0.01), name
+    assert load(straight, prepared)["training"]["scaler"] == {}
+    state, path = load(tmp_path, prepared), tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+    assert state["training"]["scaler"]["scale"] == 2 ** 16 and state["training"]["scaler"]["_growth_tracker"] == 8
+    assert {each.dtype for part in ("encoder", "decoder") for each in state[part].values()
+            if each.is_floating_point()} == {torch.float32}
+    picture = sorted(prepared.pictures.iterdir())[0]
+    assert len(caption.caption_images(caption.load(path, device="cpu"), [picture])) == 1
+    run(prepared, tmp_path, "--stage", 1, "--epochs", 3, "--checkpoint", path)  # in float32 again
+    assert not same(load(tmp_path, prepared)["decoder"], state["decoder"])
+
+
+def test_a_step_with_an_infinite_gradient_is_left_out_in_float16(prepared: Prepared, tmp_path: Path) -> None:
+    """The loss is multiplied by less from then on, and the weights stay as they were."""
+    setting = setting_of(prepared, tmp_path)._replace(precision="float16")
+    training = train.build_training(setting, 1, None)
+    training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0 ** 127})
+    before = copy.deepcopy(training.captioner.decoder.state_dict())
+    batch = next(iter(DataLoader(Pictures(setting.train), 4)))
+    assert train.train_step(setting, training, batch).isfinite().all()
+    assert same(dict(training.captioner.decoder.state_dict()), dict(before))
+    assert training.scaler.get_scale() == 2.0 ** 126
 
 
 def test_a_recipe_is_a_file_of_flags(tmp_path: Path) -> None:
@@ -418,6 +479,28 @@ def test_a_step_is_the_plain_arithmetic(prepared: Prepared, tmp_path: Path, stag
     assert all(each.grad is not None for each in tuned)
 
 
+def test_compiled_models_compute_the_same(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As whole graphs, and few of them, whatever the captions' lengths. (Traced, but not made into machine code, which
+    takes minutes and a compiler.)"""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    gradients, weights = [], []
+    for compiled in (False, True):
+        setting = setting_of(prepared, tmp_path)
+        setting.args.compile, setting.args.dropout = compiled, 0.0
+        training = train.build_training(setting, 2, None)
+        for batch in DataLoader(Pictures(setting.train), 3):                    # 6 of them, of different lengths
+            train.train_step(setting, training, batch)
+            gradients.append([each.grad.norm().item() for each in train.learning_parameters(training)])
+        weights.append(training.captioner.decoder.state_dict().keys() | training.captioner.encoder.state_dict().keys())
+    half = len(gradients) // 2
+    for one, other in zip(gradients[:half], gradients[half:], strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+    assert weights[0] == weights[1]
+    assert 0 < counters["stats"]["unique_graphs"] <= 8
+
+
 def test_kept_features_train_as_the_pictures_do(prepared: Prepared, straight: Path, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights after both stages, though in the first the encoder sees each picture once in all."""
@@ -500,6 +583,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(prepared: Prepa
     (["--stage", "2"], "--checkpoint"),
     (["--batch_size", "1", "2", "3"], "--batch_size"),
     (["--freeze_embeddings"], "--embeddings"),
+    (["--freeze_embeddings", "--checkpoint", "auto"], "--embeddings"),
     (["--checkpoint", "nothing.pth.tar"], "no such checkpoint"),
     (["--encoder", "no_such_network"], "no_such_network"),
     (["--embeddings", "nothing.txt"], "nothing.txt"),
@@ -576,6 +660,43 @@ def test_what_another_run_saved_meanwhile_is_not_overwritten(prepared: Prepared,
     with pytest.raises(InputError, match=f"{there} {message}"):
         run(prepared, tmp_path, *(["--checkpoint", straight / there.name] if resumes else []))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {there.name: b"of the other"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_what_another_run_saved_meanwhile_is_resumed_if_asked_for(prepared: Prepared, straight: Path, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """--checkpoint auto looks for a checkpoint once the folder is its own: a requeued job may wait for its former."""
+    world = World(0, 1, torch.device("cpu"))
+    args = train.get_parser().parse_args(flags(prepared, tmp_path, "--checkpoint", "auto"))
+    other = ExitStack()
+    assert other.enter_context(claimed_output_folder(args, world)) is None
+    there = tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+
+    def meanwhile(_: float) -> None:
+        shutil.copy(straight / there.name, there)
+        other.close()
+
+    monkeypatch.setattr("training.resume.time", SimpleNamespace(monotonic=time.monotonic, sleep=meanwhile))
+    with claimed_output_folder(args, world) as checkpoint:
+        assert checkpoint == str(there)
+
+
+def test_stage_2_finds_the_best_of_stage_1_and_then_its_own(prepared: Prepared, straight: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --checkpoint auto. Where stage 1 left nothing, one line says so."""
+    auto = ["--checkpoint", "auto"]
+    with pytest.raises(InputError, match=f"BEST_checkpoint_{prepared.name}.pth.tar is not there, and --stage 2 .*"):
+        run(prepared, tmp_path / "out", "--stage", 2, *auto)
+    assert not list(tmp_path.iterdir())
+    run(prepared, tmp_path, "--stage", 1, *auto)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 3)
+        run(prepared, tmp_path, "--stage", 2, "--checkpoint_minutes", 0, *auto)
+    stopped = load(tmp_path, prepared)["training"]
+    assert (stopped["stage"], stopped["step"]) == (2, 3)
+    assert stopped["args"]["checkpoint"] == str(tmp_path / f"BEST_checkpoint_{prepared.name}.pth.tar")
+    run(prepared, tmp_path, "--stage", 2, *auto)
+    assert_same_run(load(tmp_path, prepared), load(straight, prepared))
 
 
 def test_an_older_checkpoint_does_not_replace_a_newer_one(prepared: Prepared, tmp_path: Path) -> None:

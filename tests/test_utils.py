@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import utils
+from safety.devices import cpu_advice
 from safety.errors import InputError
-from utils import World, load_embeddings, setup_world
+from utils import World, choose_precision, load_embeddings, setup_world
 
 WORDS = {"<pad>": 0, "a": 1, "red": 2, "of": 3, "<unk>": 4}
 
@@ -38,11 +39,12 @@ def alone(monkeypatch):
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("given, precision, matmul", [(None, "float32", "highest"), ("float32", "float32", "highest"),
-                                                      ("bfloat16", "bfloat16", "high")])
+                                                      ("bfloat16", "bfloat16", "high"),
+                                                      ("float16", "float16", "high")])
 def test_a_cpu_computes_exactly_unless_told_otherwise(given, precision, matmul):
     assert setup_world("cpu", given) == (World(0, 1, torch.device("cpu")), precision)
     assert torch.get_float32_matmul_precision() == matmul
-    assert torch.backends.cudnn.allow_tf32 == (precision == "bfloat16")
+    assert torch.backends.cudnn.allow_tf32 == (precision != "float32")
 
 
 @pytest.mark.usefixtures("alone")
@@ -61,15 +63,67 @@ def test_processes_do_not_share_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("alone")
-def test_only_the_first_line_of_pytorchs_reason_is_shown(monkeypatch):
+@pytest.mark.parametrize("why, given, remedy", [
+    ("CUDA error: unknown error", "cpu", "leave the flag out"),
+    ("CUDA error: unknown error", None, "use --device cpu, or fewer processes"),  # a flag that nobody gave
+    ("CUDA error: out of memory", "cpu", "other programs fill its memory; end them, or name another GPU"),
+    ("CUDA error: no kernel image is available for execution on the device", None, "an older CUDA"),
+    ("The NVIDIA driver on your system is too old (found version 11040)", None, "install a newer NVIDIA driver")])
+def test_a_device_that_fails_is_named_with_a_remedy(monkeypatch, why, given, remedy):
     def fail(*_, **__):
-        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later\n")
+        raise RuntimeError(f"{why}\nCUDA kernel errors might be reported later\n")
 
     monkeypatch.setattr(torch, "zeros", fail)
-    with pytest.raises(InputError, match=r"^--device cpu: .*\(CUDA error: out of memory\); leave the flag out$"):
-        setup_world("cpu", None)
-    with pytest.raises(InputError, match=r"^--device cpu: .*\); use --device cpu, or fewer processes$"):
-        setup_world(None, None)  # a flag that nobody gave cannot be left out
+    with refused("--device cpu: PyTorch cannot use it here", why, remedy):
+        setup_world(given, None)
+
+
+@pytest.mark.parametrize("capability, native, given, chosen", [
+    ((8, 0), True, None, "bfloat16"), ((7, 5), False, None, "float16"), ((7, 0), False, None, "float16"),
+    ((6, 1), False, None, "float32"), ((9, 0), True, "float16", "float16"), ((7, 5), False, "float32", "float32")])
+def test_a_gpu_computes_in_the_best_precision_that_it_has(monkeypatch, capability, native, given, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    assert choose_precision(torch.device("cuda", 0), given) == chosen
+    if not native:
+        with refused("--precision bfloat16: Tesla T4 has no arithmetic for it", "use --precision float"):
+            choose_precision(torch.device("cuda", 0), "bfloat16")
+
+
+@pytest.mark.parametrize("native, precision, advice", [
+    (True, "float32", "--precision bfloat16 would"), (True, "bfloat16", ""),
+    (True, "float16", "float16 is for GPUs"),
+    (False, "float32", ""), (False, "bfloat16", "leave out --precision bfloat16")])
+def test_a_cpu_says_which_precision_is_faster(monkeypatch, native, precision, advice):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    said = cpu_advice("cpu", precision)
+    assert len(said) == bool(advice) and all(advice in line for line in said)
+
+
+def test_a_gpu_that_is_left_idle_is_told(monkeypatch):
+    """An old driver leaves PyTorch without a GPU, and it says so in a warning that scrolls away."""
+    def old_driver():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nUpdate it")
+
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
+    monkeypatch.setattr("safety.devices.bfloat16_on_cpu", lambda _: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", old_driver)
+    [line] = cpu_advice(None, "float32")
+    assert "too old (found version 11040)" in line and "install a newer NVIDIA driver" in line and "\n" not in line
+    assert cpu_advice("cpu", "float32") == []  # it was asked for
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cpu_advice(None, "float32") == []   # PyTorch was installed for the CPU
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_device_that_nobody_tried_is_refused():
+    with refused("--device mps: not tried yet", "leave the flag out"):
+        setup_world("mps", None)
 
 
 @pytest.mark.usefixtures("alone")

@@ -20,25 +20,46 @@ from torch.utils.data import DataLoader
 from caption import Captioner
 from datasets import PREPROCESSING, CaptionDataset, Pictures, encode
 from safety.errors import InputError
-from safety.files import lock, naming_write_errors
+from safety.files import lock, naming_write_errors, replace_open
 from safety.signals import ignore_signals
-from utils import autocast, progress_bar
+from utils import PRECISIONS, autocast, progress_bar
 
 FEATURES_AT_ONCE = 32  # pictures encoded between two writes
 
 
 class Features:
-    """The features of all pictures of a split, (h, w, C) each, in a file that is read through a memory map."""
+    """The features of all pictures of a split, (h, w, C) each, in a file that is read through a memory map.
+
+    Where a GPU has the room, they are copied into its memory: then an item is a picture's number, for `look_up`.
+    """
 
     def __init__(self, path: Path, n_images: int, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.path, self.shape, self.dtype = path, (n_images, *shape), dtype
         self.n_bytes = math.prod(self.shape) * dtype.itemsize
         self._open: np.memmap | None = None
+        self.on_device: Tensor | None = None  # all of them (I, h, w, C)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, i: int) -> Tensor:
+        return self.read(i) if self.on_device is None else torch.tensor(i)
+
+    def look_up(self, items: Tensor) -> Tensor:
+        """The features (N, h, w, C) of a batch of items."""
+        if self.on_device is None:
+            return items
+        return self.on_device[items.to(self.on_device.device, non_blocking=True)]
+
+    def copy_to(self, device: torch.device) -> None:
+        """Into the memory of a GPU, if they take less than half of what is free there."""
+        if device.type == "cuda" and self.n_bytes < torch.cuda.mem_get_info(device)[0] / 2:
+            rows = torch.empty(self.shape, dtype=self.dtype, device=device)
+            for i, row in enumerate(rows):
+                row.copy_(self.read(i))
+            self.on_device = rows
+
+    def read(self, i: int) -> Tensor:
         if self._open is None:
             try:  # read-only: Linux refuses a writable map that is larger than its memory
                 self._open = np.memmap(self.path, np.uint8, "r", shape=(len(self), self.n_bytes // len(self)))
@@ -48,7 +69,8 @@ class Features:
         return torch.from_numpy(np.array(self._open[i])).view(self.dtype).view(self.shape[1:])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None}  # a worker process maps the file itself
+        numbers = None if self.on_device is None else torch.empty(0)
+        return {**self.__dict__, "_open": None, "on_device": numbers}  # a worker maps the file itself, or gives numbers
 
 
 def keep_features(dataset: CaptionDataset, model: Captioner, workers: int, show: bool = True) -> None:
@@ -63,7 +85,7 @@ def keep_features(dataset: CaptionDataset, model: Captioner, workers: int, show:
         InputError: too little space on the disk.
     """
     shape = encode_batch(model, dataset.picture(0).unsqueeze(0)).shape[1:]
-    dtype = torch.bfloat16 if model.precision == "bfloat16" else torch.float32
+    dtype = PRECISIONS[model.precision]
     pixels = dataset.path.stat()
     pooled = "" if getattr(model.decoder, "map_size", None) else " pooled"  # see `datasets.encode`
     digest = hashlib.sha256(repr((str(model.encoder) + pooled, PREPROCESSING, dtype, pixels.st_size,
@@ -81,6 +103,7 @@ def keep_features(dataset: CaptionDataset, model: Captioner, workers: int, show:
         _write_features(features, dataset, model, workers, show)
     while not path.is_file():
         time.sleep(0.2)
+    features.copy_to(next(model.decoder.parameters()).device)
     dataset.features = features
 
 
@@ -118,4 +141,4 @@ def _write_features(features: Features, dataset: CaptionDataset, model: Captione
                 os.fsync(file.fileno())  # what the file's length promises is on the disk
             bar.update(len(pictures))
         bar.close()
-        partial.replace(features.path)
+        replace_open(file, features.path)

@@ -22,11 +22,12 @@ from safety.files import atomic_write, lock, naming_write_errors, remove_stale, 
 from training.progress import Progress, for_stage
 from utils import World, broadcast, gather
 
+AUTO = "auto"  # --checkpoint auto, see `checkpoint_to_resume`
 LOCK_SECONDS = 10  # to wait until another run leaves the folder
 # Flags that may change without a word: they do not change what is learned, or (the model's) the checkpoint has them.
-FREE_TO_CHANGE = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "stage",
-                  "print_freq", "epochs", "decoder", "encoder", "encoder_weights", "encoded_image_size", "embeddings",
-                  "emb_dim", "attention_dim", "decoder_dim"}
+FREE_TO_CHANGE = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "compile",
+                  "stage", "print_freq", "epochs", "decoder", "encoder", "encoder_weights", "encoded_image_size",
+                  "embeddings", "emb_dim", "attention_dim", "decoder_dim"}
 
 
 class OutputFiles(NamedTuple):
@@ -58,20 +59,20 @@ def claimed_output_folder(args: argparse.Namespace, world: World) -> Iterator[st
     Rank 0 decides for all, and refuses a folder that belongs to another run, or in which another run is at work. Where
     a process fails, torchrun starts all of them again by the same command: that resumes from the run's own checkpoint.
     """
-    files, resumed_from = output_files(args), args.checkpoint
+    files = output_files(args)
     restarted = any(gather(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", world))
-    refusal = held = None
+    resumed_from = refusal = held = None
     if world.rank == 0:
         path = files.checkpoint
-        if restarted and path.exists() and (load_checkpoint(path)["training"] or {}).get("launch") == launch_id():
-            resumed_from = str(path)
-        refusal = conflict(files, resumed_from)
+        resumed_from = checkpoint_to_resume(args, restarted)
+        refusal = conflict(args, resumed_from)
         created = not files.folder.exists()
         if not refusal:
             with naming_write_errors(path):
                 files.folder.mkdir(parents=True, exist_ok=True)
                 held = lock_folder(path.with_name(f".{path.name}.run.tmp"))
-            refusal = (conflict(files, resumed_from) if held else  # again: who held it may have saved a checkpoint
+            resumed_from = checkpoint_to_resume(args, restarted)  # again: who held it may have saved a checkpoint
+            refusal = (conflict(args, resumed_from) if held else
                        f"another run is at work on {path}; let it end, or name another --output_folder")
         remove_stale(files.best)  # the other files are written, and so tidied up after, every epoch
         warn_of_lost_restarts()
@@ -90,8 +91,36 @@ def claimed_output_folder(args: argparse.Namespace, world: World) -> Iterator[st
                     files.folder.rmdir()
 
 
-def conflict(files: OutputFiles, resumed_from: str | None) -> str | None:
+def checkpoint_to_resume(args: argparse.Namespace, restarted: bool) -> str | None:
+    """The checkpoint that a run begins from; None if it begins anew.
+
+    `--checkpoint auto` stands for the run's own checkpoint, if there is one; of `--stage 2`, until that has one itself,
+    for the best of stage 1. So a job that a cluster starts again is the same command.
+    """
+    files = output_files(args)
+    path = files.checkpoint
+    if args.checkpoint == AUTO:
+        if args.stage == "2" and (not path.exists() or training_of(path).get("stage") == 1):
+            path = files.best
+        return str(path) if path.exists() else None
+    if restarted and path.exists() and training_of(path).get("launch") == launch_id():
+        return str(path)
+    return args.checkpoint
+
+
+def training_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint tells of its run: nothing, if it is damaged, which is said when it is resumed."""
+    with suppress(InputError):
+        return load_checkpoint(path)["training"] or {}
+    return {}
+
+
+def conflict(args: argparse.Namespace, resumed_from: str | None) -> str | None:
     """Why a run cannot have the folder; None if it can."""
+    files = output_files(args)
+    if args.stage == "2" and not resumed_from:
+        return (f"{files.best} is not there, and --stage 2 fine-tunes what stage 1 trained; train that first, or name "
+                "its best checkpoint with --checkpoint")
     existing = [path for path in (files.checkpoint, files.best) if path.exists()]
     if existing and not resumed_from:
         return (f"{existing[0]} holds a run already: resume it with --checkpoint {existing[0]}, or name another "
@@ -134,16 +163,14 @@ def resume_command(args: argparse.Namespace) -> str:
     again = "stopped before the first checkpoint; the same command starts again"
     if not path.exists():
         return again
-    if args.stage == "2":
-        with suppress(InputError):  # a damaged one is named when it is resumed
-            if load_checkpoint(path)["training"]["stage"] == 1:  # its last epoch; the flags name the best
-                return again
+    if args.stage == "2" and training_of(path).get("stage") == 1:  # its last epoch; the flags name the best
+        return again
     command = sys.orig_argv
     if "LOCAL_WORLD_SIZE" in os.environ:
         nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
         command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
         command[1:1] = [f"--nnodes={nodes}", "..."] if nodes > 1 else []
-    if command[-2:] != ["--checkpoint", str(path)]:
+    if args.checkpoint != AUTO and command[-2:] != ["--checkpoint", str(path)]:
         command = [*command, "--checkpoint", str(path)]
     return f"stopped; the run is in {path}, resume it with: {shlex.join(command)}"
 
@@ -152,7 +179,7 @@ def resume_command(args: argparse.Namespace) -> str:
 
 def read_checkpoint(path: str | Path, word_map: dict[str, int], world: World) -> dict[str, Any]:
     """A checkpoint, read by rank 0 for all (other nodes need not see the file)."""
-    state = broadcast(load_checkpoint(path, word_map) if world.rank == 0 else None, world)
+    state = broadcast(load_checkpoint(path, word_map, mapped=False) if world.rank == 0 else None, world)
     if state["word_map"] != word_map:
         raise InputError(f"{path} was trained with {len(state['word_map'])} words, the data have {len(word_map)}, "
                          "or others in another order; train on the data that it was made for")
@@ -219,7 +246,7 @@ def check_resume(start: dict[str, Any], args: argparse.Namespace, world: World) 
 def batches_of(args: dict[str, Any], stage: int, processes: int) -> dict[str, Any]:
     """What decides which captions the n-th batch of an epoch holds."""
     return {"--batch_size": for_stage(args["batch_size"], stage), "--whole_images": args["whole_images"],
-            "--seed": args["seed"], "processes": processes}
+            "--bucket": args.get("bucket", False), "--seed": args["seed"], "processes": processes}
 
 
 def check_not_behind(progress: Progress, args: argparse.Namespace) -> None:
