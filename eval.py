@@ -88,6 +88,11 @@ def meteor(references: References, captions: Sequence[Sequence[str]]) -> float |
         return None
 
 
+def say_if_java_is_missing() -> None:
+    if not shutil.which("java"):
+        print("Java was not found: METEOR is left out (install a Java runtime, say default-jre)", file=sys.stderr)
+
+
 def _coco(references: References,
           captions: Sequence[Sequence[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """References and captions as pycocoevalcap takes them: sentences by picture."""
@@ -143,21 +148,25 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
 
 
 def write_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Writes the table where the flags want it."""
+    """Writes the table where the flags want it, and prints it, whatever becomes of files."""
     text = json.dumps(rows, indent=2)
-    if args.json not in (None, "-"):
-        with atomic_write(args.json) as file:
-            file.write(text + "\n")
-    if args.out:
-        for suffix, content in ((".md", markdown(rows)), (".json", text)):
-            with atomic_write(Path(args.out) / f"scores_{args.split}{suffix}") as file:
-                file.write(content + "\n")
+    try:
+        if args.json not in (None, "-"):
+            with atomic_write(args.json) as file:
+                file.write(text + "\n")
+        if args.out:
+            for suffix, content in ((".md", markdown(rows)), (".json", text)):
+                with atomic_write(Path(args.out) / f"scores_{args.split}{suffix}") as file:
+                    file.write(content + "\n")
+    finally:
+        print(text if args.json == "-" else markdown(rows))
 
 
 def score_file(args: argparse.Namespace, dataset: CaptionDataset, references: References,
                word_map: dict[str, int]) -> list[dict[str, Any]]:
     """The table for captions of another system, which tell of no search; prints it and returns its row."""
     captions = read_captions(args.captions, dataset, word_map)
+    say_if_java_is_missing()
     if warning := warn_if_collapsed([" ".join(words) for words in captions]):
         print(printable(warning), file=sys.stderr)
     untold = dict.fromkeys(("beam", "length penalty", "consensus", "unfinished", "seconds", "images/s"))
@@ -257,8 +266,6 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not dataset.n_images:
         raise InputError(f"the split {args.split} of {args.data_name} holds no pictures; name another with --split")
     references = dataset.references(word_map)
-    if is_main and not shutil.which("java"):
-        print("Java was not found: METEOR is left out (install a Java runtime, say default-jre)", file=sys.stderr)
     if args.captions:
         return score_file(args, dataset, references, word_map) if is_main else []
     path = args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar"
@@ -269,8 +276,10 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     encoder, decoder = (each.to(world.device) for each in restore(checkpoint, path))
     model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
     del checkpoint  # and its memory map
-    for line in cpu_advice(args.device, precision) if is_main and world.device.type == "cpu" else ():
-        print(line, file=sys.stderr)
+    if is_main:
+        say_if_java_is_missing()
+        for line in cpu_advice(args.device, precision) if world.device.type == "cpu" else ():
+            print(line, file=sys.stderr)
 
     rows: list[dict[str, Any]] = []
     for search in searches:
@@ -294,11 +303,10 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
                 print(printable(warning), file=sys.stderr)
     if is_main:
         try:
-            write_table(args, rows)
             if args.gallery:
                 write_gallery(args, model, dataset, references, captions)
-        finally:  # what was computed is seen, whatever becomes of files
-            print(json.dumps(rows, indent=2) if args.json == "-" else markdown(rows))
+        finally:
+            write_table(args, rows)
     return rows
 
 

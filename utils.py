@@ -22,6 +22,7 @@ from safety.devices import unusable_device
 from safety.errors import InputError, UsageError
 from safety.processes import Place, place_among_processes
 from safety.signals import SIGNALS  # the numbers of those that came
+from safety.words import normal
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # of --precision
 
@@ -179,7 +180,7 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
     Words that are not in the file get uniform random values. Of a word that is there twice the first line counts, and
     whatever is wrong with lines of words that are not ours does not.
     """
-    ours: list[tuple[int, str]] = []
+    ours: list[tuple[int, int, str]] = []  # where, which word, and the line
     sizes: Counter[int] = Counter()
     rows: dict[int, list[float]] = {}
     line_number = 0
@@ -190,18 +191,19 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
                 word, *values = fields(line)
                 if len(values) > 1:  # one: the counts with which word2vec's text format begins
                     sizes[len(values)] += 1
-                if word in word_map:
-                    ours.append((line_number, line))
+                index = word_map.get(word, word_map.get(normal(word)))
+                if index is not None:
+                    ours.append((line_number, index, line))
         size = max(sizes, key=sizes.__getitem__, default=0)
         for each in ours if size else ():
-            line_number, line = each
+            line_number, index, line = each
             word, *values = fields(line)
-            if word_map[word] in rows or (len(values) > size and not values[0].lstrip("-")[:1].isdigit()):
+            if index in rows or (len(values) > size and not values[0].lstrip("-")[:1].isdigit()):
                 continue  # a word with a space in it: GloVe's largest file has some
             if len(values) != size:
                 raise ValueError(f"{len(values)} numbers where most lines have {size}")
-            rows[word_map[word]] = [float(value) for value in values]
-            if not all(map(math.isfinite, rows[word_map[word]])):
+            rows[index] = [float(value) for value in values]
+            if not all(map(math.isfinite, rows[index])):
                 raise ValueError(f"a number of {word!r} is not finite")
         if not rows:
             raise ValueError("no word of the vocabulary up to here")

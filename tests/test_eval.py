@@ -558,6 +558,12 @@ def test_a_split_without_pictures_is_named(model, prepared, run, tmp_path):
 
 # ---- somebody else's captions ----------------------------------------------------------------------------------------
 
+@pytest.fixture
+def without_java(monkeypatch):
+    """METEOR takes seconds."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+
+
 def scored(prepared: Prepared, path: Path, *more: object) -> list[dict[str, Any]]:
     return evaluation.main(evaluation.get_parser().parse_args(
         ["--data_folder", str(prepared.folder), "--data_name", prepared.name, "--captions", str(path),
@@ -569,6 +575,7 @@ def results(pictures: CaptionDataset, captions: list[str]) -> list[dict[str, Any
             for image_id, caption in zip(pictures.image_ids, captions, strict=True)]
 
 
+@pytest.mark.usefixtures("without_java")
 def test_captions_of_another_system_give_the_same_table(prepared, pictures, model, tmp_path, capsys):
     """Those that eval.py writes, scored again, and without a model."""
     arguments = ["--data_folder", str(prepared.folder), "--data_name", prepared.name, "--device", "cpu", "--beam_size",
@@ -585,9 +592,9 @@ def test_captions_of_another_system_give_the_same_table(prepared, pictures, mode
     assert sorted(each.name for each in (tmp_path / "again").iterdir()) == ["scores_TEST.json", "scores_TEST.md"]
 
 
-def test_captions_as_people_write_them(prepared, pictures, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("without_java")
+def test_captions_as_people_write_them(prepared, pictures, tmp_path, capsys):
     """In any order, with capitals, full stops, ids as text and a byte order mark."""
-    monkeypatch.setattr(shutil, "which", lambda _: None)
     people = pictures.references(load_word_map(prepared.folder, prepared.name))
     captions = [" ".join(each[0]) for each in people]
     raw = [{"image_id": str(each["image_id"]), "caption": f" {each['caption'].capitalize()} .\n", "score": 0.5}
@@ -604,6 +611,7 @@ def test_captions_with_marks_of_the_vocabulary_keep_them(pictures, tmp_path):
     assert first == ["t-shirt", ",", "a"] and others == [["a", "tshirt"]] * 6
 
 
+@pytest.mark.usefixtures("without_java")
 def test_captions_of_other_pictures_and_again_are_counted(prepared, pictures, tmp_path, capsys):
     content = results(pictures, ["a red square"] * 7)
     (tmp_path / "x.json").write_text(json.dumps([*content, content[2], *(

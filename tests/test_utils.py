@@ -228,6 +228,12 @@ def test_other_forms_of_the_text(text, tmp_path):
     assert found == 2 and torch.equal(embeddings[[1, 2]], torch.tensor([[1, 2, 3], [0.5, -1, 0.2]]))
 
 
+def test_a_word_in_another_spelling_is_the_same_word(tmp_path):
+    """Accents apart from their letters, as macOS writes them."""
+    embeddings, found = load_embeddings(glove(tmp_path, "cafe\u0301 1 2\nre\u00add 3 4\n"), {"caf\u00e9": 0, "red": 1})
+    assert found == 2 and embeddings.tolist() == [[1, 2], [3, 4]]
+
+
 def zipped(content: bytes) -> bytes:
     with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
         archive.writestr("glove.txt", content)
