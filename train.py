@@ -301,7 +301,7 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
         save(run, training, progress, improved)
         if world.rank == 0:
             draw_gaze(training.captioner, run.val, run.files.gaze, f"epoch {len(progress.log)}")
-        run.print0(*examples, sep="\n")  # only now, with all in its files
+        run.print0("\n".join(examples))  # only now, with all in its files
         run.print0(f"stage {stage}, epoch {progress.epoch} of {epochs}: train loss {row['train_loss']:.3f}, val loss "
                    f"{row['val_loss']:.3f} ({row['val_cross_entropy']:.3f} words, {row['val_doubly_stochastic']:.3f} "
                    f"attention), top-5 {row['val_top5']:.1f} %, BLEU-4 {row['bleu4']:.2f} generated "
