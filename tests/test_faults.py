@@ -580,20 +580,21 @@ def test_a_folder_that_became_read_only(begun: list[str], tmp_path: Path, monkey
 @pytest.mark.parametrize("kind", ["IMAGES", "FEATURES"])
 def test_a_data_file_that_vanished_is_named(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                             kind: str) -> None:
-    """At the second epoch's start, where another worker process opens it."""
+    """Before a worker has opened it; one that has goes on reading it, as its worker lives as long as the stage."""
     shutil.copytree(prepared.folder, tmp_path / "data")
-    validate_epoch = train.validate_epoch
-    gone: list[Path] = []
+    arguments = flags(prepared, tmp_path / "out", "--data_folder", tmp_path / "data", "--workers", "1", "--stage", "1",
+                      *(["--cache_features"] if kind == "FEATURES" else []))
+    train.main(train.get_parser().parse_args([*arguments, "--epochs", "1"]))
+    train_epoch = train.train_epoch
+    [gone] = (tmp_path / "data").glob(f"TRAIN_{kind}*")
 
     def vanish(*arguments: Any) -> dict[str, Any]:
-        gone.extend((tmp_path / "data").glob(f"TRAIN_{kind}*"))
-        gone[0].unlink()
-        return validate_epoch(*arguments)
+        gone.unlink()
+        return train_epoch(*arguments)
 
-    monkeypatch.setattr(train, "validate_epoch", vanish)
-    more = ["--workers", "1", "--stage", "1", *(["--cache_features"] if kind == "FEATURES" else [])]
-    said = said_by(monkeypatch, flags(prepared, tmp_path / "out", "--data_folder", tmp_path / "data", *more))
-    assert said.startswith(f"train.py: {gone[0]} cannot be read any more (") and "from the last checkpoint" in said
+    monkeypatch.setattr(train, "train_epoch", vanish)
+    said = said_by(monkeypatch, [*arguments, *resume_flags(tmp_path / "out", prepared)])
+    assert said.startswith(f"train.py: {gone} cannot be read any more (") and "from the last checkpoint" in said
     assert load(tmp_path / "out", prepared)["training"]["epoch"] == 1
 
 
