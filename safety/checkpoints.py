@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +90,16 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 def _unpickle(path: str | Path, mapped: bool = True) -> Any:
     """What the file holds, by PyTorch's own list of harmless names, or else with stand-ins for all names."""
-    if zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):  # of older containers PyTorch unpacks one, a tar, into a folder of its own
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
                 raise zipfile.BadZipFile("it is compressed, as PyTorch's files never are")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what the file's maker did
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception:
-        if mapped:
-            return _unpickle(path, mapped=False)  # network folders may have no maps
-        # It names something else: a fork's of the original tutorial, maybe, or no checkpoint.
-        return {**load_inert(path), "training": None}  # which cannot be resumed from stand-ins
+        for mmap in (True, False) if mapped else (False,):  # network folders may have no maps
+            with suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about what the file's maker did
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    # It names something else: a fork's of the original tutorial, maybe, or no checkpoint.
+    return {**load_inert(path), "training": None}  # which cannot be resumed from stand-ins
 
 
 def _check_parts(state: Any, path: str | Path) -> None:
