@@ -447,6 +447,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains, and returns the rows of the log."""
     check_arguments(args)
     world, precision = setup_world(args.device, args.precision)
+    torch.backends.cudnn.benchmark = True  # on a GPU, tries each convolution's algorithms once, and takes the fastest
     if world.rank == 0:
         for line in cpu_advice(args.device, precision) if world.device.type == "cpu" else ():
             print(line)
