@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from safety.checkpoints import check_word_map
 from safety.errors import InputError, UsageError, reason
 from safety.hdf5 import open_array, open_hdf5, own_array, own_ids
-from safety.metadata import ORIENTATION, orientation, without_metadata, without_warnings
+from safety.metadata import without_metadata, without_warnings
+from safety.modes import to_rgb
 from safety.pictures import there_instead
 from safety.signals import ignore_signals
 from safety.words import RULE, check_vocabulary, is_caption
@@ -34,11 +35,6 @@ from utils import World  # rank, size (how many processes) and device
 
 IMAGE_SIZE = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
-SAMPLE_FORMAT = 339  # the number of a TIFF's tag: 1 if its numbers have no sign
-TURNS = dict(enumerate((
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
-    start=2))  # by EXIF's number for how the camera was held
 PREPROCESSING = {"image_size": IMAGE_SIZE, "mean": list(MEAN), "std": list(STD)}  # what a checkpoint records
 NO_PICTURES = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # a program, and what Pillow only recognises
 COLOUR_CHANGES = (0.3, 0.3, 0.2)  # most that `augment` changes brightness, contrast and saturation
@@ -103,49 +99,6 @@ def read_rgb(image: AnyPicture) -> Image.Image:
             with suppress(Exception), Image.open(io.BytesIO(without_metadata(image))) as picture:
                 return to_rgb(picture)
             raise
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB, upright."""
-    if picture.format == "EPS":
-        raise ValueError("EPS is a program for PostScript, and is not run")  # Pillow would call Ghostscript
-    picture.load()  # by which Pillow turns a TIFF itself
-    exif = picture.info.get("exif")
-    turn = orientation(exif) if isinstance(exif, bytes) else 0
-    with suppress(Exception):  # Pillow looks in other places, too, and may find anything there
-        turn = turn or picture.getexif().get(ORIENTATION)
-    if picture.mode.startswith(("I", "F")):  # one channel of 16 or 32 bits
-        pixels = np.asarray(picture)
-        if picture.mode == "I" and getattr(picture, "tag_v2", {SAMPLE_FORMAT: 2}).get(SAMPLE_FORMAT, 1) in {1, (1,)}:
-            pixels = pixels.view(np.uint32)  # a TIFF's, whose highest bit Pillow takes for a sign
-        picture = Image.fromarray(to_bytes(pixels))
-    if turn in TURNS:
-        picture = picture.transpose(TURNS[turn])
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Deeper pixels, (H, W), to bytes by their own range, as files do not tell it.
-
-    The range begins at 0 and ends at 1 (of floats), or at the highest number of 8, 10, 12, 14 or 16 bits, whichever
-    first holds all values; where none does, or all lie within a sixteenth of it, it is from the lowest to the highest.
-    A picture of one value has no range, and is taken for one of 16 bits, or of floats from 0 to 255.
-    """
-    low, high, integer = np.float64(pixels.min()), np.float64(pixels.max()), pixels.dtype.kind in "iu"
-    if not np.isfinite([low, high]).all():
-        raise ValueError("some of its numbers are not finite")
-    if low == high:
-        return (pixels.clip(0, 65535) >> 8 if integer else pixels.clip(0, 255)).astype(np.uint8)
-    bits = next((bits for bits in (8, 10, 12, 14, 16) if high < 2 ** bits), 0)
-    top = 1 if high <= 1 and not integer else 2 ** bits - 1
-    if low >= 0 and bits and high - low >= top / 16:
-        if integer:
-            return (pixels >> bits - 8).astype(np.uint8)
-        low, high = np.float64(0), np.float64(top)
-    return ((pixels - low) * (255 / (high - low))).round().astype(np.uint8)
 
 
 def normalize(images: Tensor, device: torch.device) -> Tensor:

@@ -27,7 +27,6 @@ from torchvision.transforms.v2.functional import resized_crop
 import datasets
 from caption import Captioner
 from datasets import (
-    SAMPLE_FORMAT,
     CaptionDataset,
     EpochSampler,
     Pictures,
@@ -44,6 +43,7 @@ from datasets import (
 )
 from models import DecoderWithAttention, Encoder
 from safety.errors import InputError
+from safety.modes import SAMPLE_FORMAT
 from safety.pictures import check_pixels, is_one_colour
 from training import features as features_module
 from training.features import Features, keep_features
