@@ -54,6 +54,7 @@ from training.resume import (
     OutputFiles,
     claimed_output_folder,
     first_checkpoint,
+    fits,
     launch_id,
     output_files,
     read_checkpoint,
@@ -395,17 +396,6 @@ def load_optimizers(training: Training, before: dict[str, Any], args: argparse.N
             if not (same_rate and same_schedule):  # else it stays where it had decayed to
                 set_learning_rate(training, name, rate)
     return unfit
-
-
-def fits(optimizer: torch.optim.Optimizer, state: Any) -> bool:
-    """Whether a state is one of Adam, with averages of the same shapes."""
-    try:
-        (group,), parameters = state["param_groups"], optimizer.param_groups[0]["params"]
-        return len(group["params"]) == len(parameters) and all(
-            parameters[i].shape == each[average].shape for i, each in state["state"].items()
-            for average in ("exp_avg", "exp_avg_sq"))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):  # another optimizer's, or none
-        return False
 
 
 def set_learning_rate(training: Training, name: str, rate: float) -> None:

@@ -22,6 +22,7 @@ from safety.devices import unusable_device
 from safety.errors import InputError, UsageError
 from safety.processes import Place, place_among_processes
 from safety.signals import SIGNALS  # the numbers of those that came
+from safety.vectors import check_text, fields
 from safety.words import normal
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # of --precision
@@ -170,10 +171,6 @@ def progress_bar(iterable: Any, description: str, unit: str, show: bool = True, 
 
 # ---- training aids ---------------------------------------------------------------------------------------------------
 
-CONTAINERS = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "compressed by gzip", b"BZh": "compressed by bzip2",
-              b"\xfd7zXZ": "compressed by xz", b"7z\xbc\xaf": "a 7-Zip archive"}  # by how they begin
-
-
 def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor, int]:
     """Pretrained word vectors (V, E) in GloVe's text format, a word and its numbers a line; and how many were found.
 
@@ -196,7 +193,7 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
                     ours.append((line_number, index, line))
         size = max(sizes, key=sizes.__getitem__, default=0)
         for each in ours if size else ():
-            line_number, index, line = each
+            line_number, index, line = each  # the number is for the error below
             word, *values = fields(line)
             if index in rows or (len(values) > size and not values[0].lstrip("-")[:1].isdigit()):
                 continue  # a word with a space in it: GloVe's largest file has some
@@ -214,21 +211,6 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
     embeddings = torch.empty(len(word_map), size).uniform_(-bound, bound)
     embeddings[list(rows)] = torch.tensor(list(rows.values()))
     return embeddings, len(rows)
-
-
-def fields(line: str) -> list[str]:
-    """What spaces and tabs separate. Other white space does not: words of GloVe's largest file have some in them."""
-    return [*filter(None, line.strip().replace("\t", " ").split(" "))] or [""]
-
-
-def check_text(beginning: bytes, path: str | Path) -> None:
-    """Refuses word vectors in other files than text."""
-    for begins, kind in CONTAINERS.items():
-        if beginning.startswith(begins):
-            raise InputError(f"--embeddings {path} is {kind}; unpack it, and name the text file that was in it")
-    if b"\0" in beginning:
-        raise InputError(f"--embeddings {path} is binary, or text in UTF-16; get or save the vectors as text in UTF-8, "
-                         "GloVe's .txt or the .vec of word2vec and fastText")
 
 
 def adjust_learning_rate(optimizer: torch.optim.Optimizer, shrink_factor: float) -> None:

@@ -16,6 +16,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import torch
+
 from safety.checkpoints import load_checkpoint
 from safety.errors import InputError
 from safety.files import atomic_write, lock, naming_write_errors, remove_stale, unwritable
@@ -290,3 +292,14 @@ def copy_best(start: dict[str, Any], resumed_from: str, files: OutputFiles) -> f
     elif not files.checkpoint.exists() and not filecmp.cmp(source, files.best, shallow=False):
         raise InputError(f"{files.best} belongs to another run than {resumed_from}; name another --output_folder")
     return best_bleu4
+
+
+def fits(optimizer: torch.optim.Optimizer, state: Any) -> bool:
+    """Whether a state is one of Adam, with averages of the same shapes."""
+    try:
+        (group,), parameters = state["param_groups"], optimizer.param_groups[0]["params"]
+        return len(group["params"]) == len(parameters) and all(
+            parameters[i].shape == each[average].shape for i, each in state["state"].items()
+            for average in ("exp_avg", "exp_avg_sq"))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):  # another optimizer's, or none
+        return False
