@@ -72,11 +72,11 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | Sequence[s
         pictures, word_freq, notes = read_captions(data, dataset, image_folder, max_len, source)
     check_captions(pictures, word_freq, notes, source, max_len)
     check_paths([picture.path for picture in pictures], image_folder, source)
-    word_map, vocabulary, about_vocabulary = choose_words(word_map, word_freq, min_word_freq)
+    vocabulary, chosen_by, about_vocabulary = choose_words(word_map, word_freq, min_word_freq)
     notes += [*about_pictures(pictures, captions_per_image, source), *about_vocabulary]
 
-    base = f"{dataset}_{captions_per_image}_cap_per_img_{vocabulary}"
-    made_from = input_hash(image_folder, pictures, word_map, captions_per_image, max_len)
+    base = f"{dataset}_{captions_per_image}_cap_per_img_{chosen_by}"
+    made_from = input_hash(image_folder, pictures, vocabulary, captions_per_image, max_len)
     if finish_killed_run(folder, base, made_from):  # one that had written all files, and moved some
         print_summary(pictures, notes, folder, base)
         return base
@@ -86,7 +86,7 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | Sequence[s
 
     check_space(folder, len(pictures))
     with whole_folder(folder, base, made_from) as place:  # whose files move to their places when all are complete
-        write_json(place / f"WORDMAP_{base}.json", word_map)
+        write_json(place / f"WORDMAP_{base}.json", vocabulary)
         random = Random(123)  # the original's seed, for the same captions
         for split in ("TRAIN", "VAL", "TEST"):
             chosen = [picture for picture in pictures if picture.split == split]
@@ -99,7 +99,7 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | Sequence[s
             captions = [words for picture in chosen
                         for words in sample_captions(picture.captions, captions_per_image, random)]
             write_json(place / f"{split}_CAPTIONS_{base}.json",
-                       [encode_caption(words, word_map, max_len) for words in captions])
+                       [encode_caption(words, vocabulary, max_len) for words in captions])
             write_json(place / f"{split}_CAPLENS_{base}.json", [len(words) + 2 for words in captions])
             write_json(place / f"{split}_REFERENCES_{base}.json", [picture.references for picture in chosen])
     print_summary(pictures, notes, folder, base)
@@ -107,7 +107,7 @@ def create_input_files(dataset: str, karpathy_json_path: str | Path | Sequence[s
 
 
 def read_captions(data: Any, dataset: str, image_folder: Path, max_len: int,
-                  source: Path) -> tuple[list[Picture], Counter[str], list[str]]:
+                  source: str) -> tuple[list[Picture], Counter[str], list[str]]:
     """The pictures that have captions, in the file's order; how often each word occurs in all captions; and what to
     say of those that are left out."""
     pictures, word_freq, other_splits, without, lengths, wrong = [], Counter(), Counter(), [], [], []
@@ -184,7 +184,7 @@ def print_summary(pictures: Sequence[Picture], notes: Sequence[str], folder: Pat
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
-def check_captions(pictures: Sequence[Picture], word_freq: Counter[str], notes: Sequence[str], source: Path,
+def check_captions(pictures: Sequence[Picture], word_freq: Counter[str], notes: Sequence[str], source: str,
                    max_len: int) -> None:
     for (split, image_id), count in Counter((picture.split, picture.image_id) for picture in pictures).items():
         if count > 1:
@@ -204,7 +204,7 @@ def get_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to read").add_argument
     add("--dataset", default="coco", metavar="NAME",
-        help="coco, flickr8k, flickr30k, or a name of your own for data in their layout (default: coco)")
+        help="coco, flickr8k, flickr30k, or a name of your own for other data (default: coco)")
     add("--captions", nargs="+", metavar="FILE",
         help="Karpathy's JSON, COCO's captions_*.json (one or several), Flickr8k's or Flickr30k's own file, or a table "
         "with columns image, caption and maybe split (default: dataset_NAME.json)")
@@ -225,7 +225,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--skip_unreadable", action="store_true", help="leave out pictures that cannot be read, and say which")
     add("--overwrite", action="store_true", help="replace files that were made from something else")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=integer(1), default=cores, metavar="N", help="that read pictures (default: one a core)")
+    add("--workers", type=integer(1), default=cores, metavar="N",
+        help="processes that read pictures (default: one a core)")
     return parser
 
 

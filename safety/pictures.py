@@ -10,7 +10,7 @@ import numpy as np
 from safety.errors import InputError
 
 
-def check_paths(paths: Sequence[Path], image_folder: Path, source: Path) -> None:
+def check_paths(paths: Sequence[Path], image_folder: Path, source: str) -> None:
     """All pictures must exist, and their names must stay in the folder, as a stranger's file may name any other that
     the user may read. Links are followed: what is in the folder its owner has put there."""
     missing = [path for path in paths if not path.is_file()]
