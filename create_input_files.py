@@ -178,7 +178,7 @@ def print_summary(pictures: Sequence[Picture], notes: Sequence[str], folder: Pat
         chosen = [picture for picture in pictures if picture.split == split]
         print(f"{split}: {len(chosen)} pictures, {sum(len(picture.references) for picture in chosen)} captions")
     for note in notes:
-        print(note)
+        print(printable(note))
     print(f"next: python train.py --data_folder {folder} --data_name {base}")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from preparing.tables import SPLITS
-from safety.errors import printable
 
 
 def about_left_out(other_splits: Counter[str], without: Sequence[Path], lengths: Sequence[Sequence[int]],
@@ -33,7 +32,7 @@ def about_left_out(other_splits: Counter[str], without: Sequence[Path], lengths:
         gone = sum(min(own) > max_len for own in lengths)
         notes.append(f"{gone} pictures, {len(longer)} of {len(every)} captions left out: longer than {max_len} words; "
                      f"--max_len {max(longer)} keeps all")
-    return [printable(note) for note in notes]
+    return notes
 
 
 def about_pictures(pictures: Sequence[Any], captions_per_image: int, source: str) -> list[str]:
