@@ -189,7 +189,7 @@ def to_caption(sequence: list[int], log_probs: list[float], alphas: np.ndarray |
 
 
 def ranked(captions: Sequence[Caption], search: Search) -> list[Caption]:
-    """A picture's captions, the best first."""
+    """A picture's captions, the best first, and unfinished ones last."""
     captions = sorted(captions, key=lambda each: (
         not each.finished, -each.log_prob / max(len(each.sequence) - 1, 1) ** search.length_penalty))
     return by_consensus(captions) if search.consensus else captions
@@ -230,8 +230,7 @@ class Captioner(NamedTuple):
 
 def load(model: str | Path, word_map: str | Path | None = None, device: str | None = None,
          precision: str | None = None) -> Captioner:
-    """A checkpoint, ready to caption; arguments as the flags of the same names. In 16 bits PyTorch may use
-    TF32 too.
+    """A checkpoint, ready to caption; arguments as the flags of the same names. In 16 bits PyTorch may use TF32 too.
 
     Raises:
         InputError: no such file, no checkpoint that can be read safely, or no such device.
@@ -259,8 +258,9 @@ def caption_images(model: Captioner, images: AnyPicture | Iterable[AnyPicture], 
     search, images = search._replace(**settings).checked(), as_list(images)
     found: list[list[Caption] | InputError] = []
     for i in range(0, len(images), batch_size):
-        pixels = [try_to_read(image) for image in images[i:i + batch_size]]
-        for image, result in zip(images[i:], pixels, strict=False):
+        batch = images[i:i + batch_size]
+        pixels = [try_to_read(image) for image in batch]
+        for image, result in zip(batch, pixels, strict=True):
             if isinstance(result, InputError) and not (skip_unreadable and isinstance(image, FILES)):
                 raise result
         found += caption_read(model, pixels, search, with_alphas)

@@ -274,7 +274,7 @@ class CaptionDataset(Dataset):
         return len(self.captions)
 
     def picture(self, i: int) -> Tensor:
-        """Picture i, (3, 256, 256) uint8; where they are kept its features (h, w, C), or its number for `look_up`."""
+        """Picture i, (3, 256, 256) uint8; where features are kept, these (h, w, C), or its number for `look_up`."""
         if self.features is not None:
             return self.features[i]
         image = torch.from_numpy(np.array(self.images[i]))

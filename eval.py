@@ -178,8 +178,8 @@ def score_file(args: argparse.Namespace, dataset: CaptionDataset, references: Re
 def read_captions(path: str, dataset: CaptionDataset, word_map: dict[str, int]) -> list[list[str]]:
     """Another system's captions, in COCO's result format, as words: one for each picture of the data set, in its order.
 
-    One whose words are all in the word map is split where it has white space; any other is read as in a table, in lower
-    case and without punctuation.
+    A caption whose words are all in the word map is only split at its white space; any other is read as in a table: in
+    lower case and without punctuation.
 
     Raises:
         InputError: a picture has none or several. Captions of other pictures are left out, with a line on stderr.
@@ -220,9 +220,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_name", default="coco_5_cap_per_img_5_min_word_freq", metavar="NAME",
         help="base name of those files (default: coco_5_cap_per_img_5_min_word_freq)")
     add("--split", choices=("TEST", "VAL", "TRAIN"), default="TEST", help="(default: TEST)")
-    add("--captions", metavar="FILE", help="score these instead of a model's: COCO's result format, one for each "
-        "picture of the split. Words are what white space separates; of a caption with any that the data do not know, "
-        "in lower case and without punctuation, as of a table")
+    add("--captions", metavar="FILE",
+        help="score these instead of a model's: one for each picture of the split, in COCO's result format. White "
+        "space separates words; a caption with words that the data do not know is put in lower case and loses its "
+        "punctuation, as in a table")
     add = parser.add_argument_group("search").add_argument
     add("--beam_size", type=integer(1), nargs="+", default=[1, 3, 5], metavar="K", help="one row each (default: 1 3 5)")
     add_search_flags(add)
@@ -239,7 +240,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Refuses, before the search rather than after it, what the results could not be written to."""
+    """Refuses, before the search rather than after it, flags that do not go together and unwritable places."""
     if args.captions and (args.checkpoint or args.gallery):
         raise UsageError(f"--captions {args.captions}: no model is used; leave out --checkpoint and --gallery")
     if (args.out and Path(args.out).is_file()) or (args.json and Path(args.json).is_dir()):

@@ -54,9 +54,8 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None, ma
     _check_parts(state, path)
     state["word_map"] = state["word_map"] or word_map
     _check_vocabulary(state, path)
-    scores = state["scores"].items() if isinstance(state.get("scores"), dict) else ()
-    return state | {"scores": {name: score for name, score in scores if isinstance(score, int | float)},
-                    **{name: state.get(name) for name in ("preprocessing", "training")}}  # stripped, for publishing
+    stripped = {"preprocessing": None, "scores": {}, "training": None}  # maybe, for publishing
+    return state | {name: state.get(name, nothing) for name, nothing in stripped.items()}
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -103,7 +102,10 @@ def _unpickle(path: str | Path, mapped: bool) -> Any:
             if mapped and "unable to mmap" in str(error):
                 return _unpickle(path, mapped=False)
             # It names something else: a fork's of the original tutorial, maybe, or no checkpoint.
-    return {**load_inert(path), "training": None}  # which cannot be resumed from stand-ins
+    state = load_inert(path)
+    scores = state["scores"].items() if isinstance(state.get("scores"), dict) else ()
+    numbers = {name: score for name, score in scores if isinstance(score, int | float)}
+    return {**state, "scores": numbers, "training": None}  # stand-ins are no scores, and cannot be resumed from
 
 
 def _check_parts(state: Any, path: str | Path) -> None:

@@ -79,8 +79,8 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
 
 
 def release_frames(error: BaseException | None) -> None:
-    """Lets go of what the functions that failed were using. A DataLoader that were still held when Python ends would
-    wait for ever for its workers, which nobody tells to stop."""
+    """Lets go of what the functions that failed were using. A DataLoader that is still held when Python ends waits for
+    ever for its workers, which nobody tells to stop."""
     while error:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

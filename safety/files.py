@@ -114,7 +114,7 @@ def open_locked(path: Path, mode: str) -> IO[Any]:
 
 
 def replace_open(file: IO[Any], path: Path) -> None:
-    """Gives an open file its name while its lock is held; on Windows, which knows neither, once it is closed."""
+    """Gives an open file its name while its lock is held; on Windows, which renames no open file, once it is closed."""
     if not fcntl:
         file.close()
     Path(file.name).replace(path)

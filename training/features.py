@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from caption import Captioner
 from datasets import PREPROCESSING, CaptionDataset, Pictures, encode
@@ -28,8 +28,7 @@ FEATURES_AT_ONCE = 32  # pictures encoded between two writes
 
 
 class Features:
-    """The features of all pictures of a split, (h, w, C) each, in a file that is read through a memory map if it
-    can be.
+    """The features of all pictures of a split, (h, w, C) each, in a file that is read through a memory map if possible.
 
     Where a GPU has the room, they are copied into its memory: then an item is a picture's number, for `look_up`.
     """
@@ -143,7 +142,7 @@ def _write_features(features: Features, dataset: CaptionDataset, model: Captione
             return               # that run wrote it all
         done = file.tell() // size // FEATURES_AT_ONCE * FEATURES_AT_ONCE  # batches as in one go, for the same bits
         file.truncate(done * size)
-        rest = torch.utils.data.Subset(Pictures(dataset), range(done, dataset.n_images))
+        rest = Subset(Pictures(dataset), range(done, dataset.n_images))
         bar = progress_bar(None, f"features, {dataset.split}", "picture", show, total=dataset.n_images, initial=done)
         for pictures, *_ in DataLoader(rest, FEATURES_AT_ONCE, num_workers=workers, worker_init_fn=ignore_signals):
             rows = encode_batch(model, pictures)
