@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     data = ["--data_folder", shown / "data", "--data_name", NAME]
     best = shown / f"BEST_checkpoint_{NAME}.pth.tar"
 
-    call("create_input_files.py", "--dataset", "shapes", "--karpathy_json_path", shown / "shapes" / json_path.name,
+    call("create_input_files.py", "--dataset", "shapes", "--captions", shown / "shapes" / json_path.name,
          "--image_folder", shown / "shapes" / "images", "--min_word_freq", 0, "--output_folder", shown / "data",
          "--overwrite")
     call("train.py", *data, "--output_folder", shown, *TRAINING, "--epochs", *args.epochs)
