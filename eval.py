@@ -279,7 +279,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     del checkpoint  # and its memory map
     if is_main:
         say_if_java_is_missing()
-        for line in cpu_advice(args.device, precision) if world.device.type == "cpu" else ():
+        for line in cpu_advice(world.device, args.device, precision):
             print(line, file=sys.stderr)
 
     rows: list[dict[str, Any]] = []

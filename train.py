@@ -439,7 +439,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     world, precision = setup_world(args.device, args.precision)
     torch.backends.cudnn.benchmark = True  # on a GPU, tries each convolution's algorithms once, and takes the fastest
     if world.rank == 0:
-        for line in cpu_advice(args.device, precision) if world.device.type == "cpu" else ():
+        for line in cpu_advice(world.device, args.device, precision):
             print(line)
         if names := unused_flags(args):
             print(f"stage {args.stage} alone does not use {', '.join(names)}")

@@ -24,12 +24,15 @@ def unusable_device(why: str, asked_for: str | None) -> str:
     return f"({why}); " + ("leave the flag out" if asked_for else "use --device cpu, or fewer processes")
 
 
-def cpu_advice(asked_for: str | None, precision: str) -> list[str]:
+def cpu_advice(device: torch.device, asked_for: str | None, precision: str) -> list[str]:
     """Lines to say where a run on the CPU could be faster: as there is a GPU, or by another precision.
 
     Args:
+        device: where it runs; of a GPU there is nothing to say.
         asked_for: the device that the user named, if any.
     """
+    if device.type != "cpu":
+        return []
     return [line for line in (None if asked_for else idle_gpu(), bfloat16_on_cpu(precision)) if line]
 
 

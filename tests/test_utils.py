@@ -114,11 +114,12 @@ def test_a_gpu_that_is_left_idle_is_told(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", old_driver)
-    [line] = cpu_advice(None, "float32")
+    cpu = torch.device("cpu")
+    [line] = cpu_advice(cpu, None, "float32")
     assert "too old (found version 11040)" in line and "install a newer NVIDIA driver" in line and "\n" not in line
-    assert cpu_advice("cpu", "float32") == []  # it was asked for
+    assert cpu_advice(cpu, "cpu", "float32") == []  # it was asked for
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert cpu_advice(None, "float32") == []   # PyTorch was installed for the CPU
+    assert cpu_advice(cpu, None, "float32") == []   # PyTorch was installed for the CPU
 
 
 @pytest.mark.usefixtures("alone")
