@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import read_json
-from preparing.tables import BY_SEED, from_csv, hold_out, naming_layout_errors, read_text
+from preparing.tables import BY_SEED, from_text, hold_out, naming_layout_errors, read_text
 from safety.errors import InputError
 from safety.words import words_in
 
@@ -29,7 +29,7 @@ def read_layout(sources: Sequence[Path], image_folder: Path) -> tuple[Any, str]:
         InputError: no layout that is known; the message says which it resembles.
     """
     if len(sources) == 1 and not is_json(sources[0]):
-        data = from_csv(sources[0])
+        data = from_text(sources[0])
         return data, f"captions as text, splits {data['splits']}"
     files = {path: read_json(path) for path in sources}
     if all(isinstance(data, dict) and "annotations" in data for data in files.values()):

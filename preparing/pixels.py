@@ -18,8 +18,8 @@ from utils import progress_bar
 
 
 class PixelWriter(Dataset):
-    """Item i is a job: picture i goes to its place in the file. A worker gives back the error, or whether
-    the picture is of one colour.
+    """Item i is a job: picture i goes to its place in the file. A worker returns the error, or whether the picture
+    is of one colour.
 
     Speed: each worker writes its own pictures, as one process that wrote for all would hold them up.
     """

@@ -37,7 +37,7 @@ RESEMBLES = {
 }
 
 
-def from_csv(path: Path) -> dict[str, Any]:
+def from_text(path: Path) -> dict[str, Any]:
     """Captions as text in Karpathy's layout.
 
     The key `splits` says where these come from: a column `split`; Flickr8k's lists of names, where they lie beside the

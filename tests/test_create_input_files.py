@@ -20,7 +20,7 @@ from PIL import Image
 import create_input_files
 from create_input_files import get_parser, main
 from datasets import CaptionDataset, load_word_map
-from preparing.tables import from_csv
+from preparing.tables import from_text
 from safety.errors import InputError
 
 SPLITS = ("TRAIN", "VAL", "TEST")
@@ -468,7 +468,7 @@ def table(folder: Path, text: str, encoding: str = "utf-8") -> Path:
 def test_a_table_is_split_into_lower_case_words_without_punctuation(tmp_path, encoding):
     path = table(tmp_path, 'image, caption, split\n1.png, "A man, his Dog\'s ball (red).", Train\n'
                            "sub/2.png,Ein  Mädchen!,val\n1.png,#2 \"dogs\" run-around,train\n\n", encoding)
-    assert from_csv(path)["images"] == [
+    assert from_text(path)["images"] == [
         image("1.png", "train", "a man his dogs ball red", "2 dogs runaround", imgid=0),
         image("sub/2.png", "val", "ein mädchen", imgid=1)]
 
@@ -477,17 +477,17 @@ def test_a_table_is_split_into_lower_case_words_without_punctuation(tmp_path, en
 def test_without_a_split_pictures_fall_80_10_10(tmp_path, count, val, test):
     """Each picture with all its captions in one split, the same each time."""
     path = table(tmp_path, "caption,image\n" + "".join(f"a dog,{i % count}.png\n" for i in range(2 * count)))
-    images = from_csv(path)["images"]
+    images = from_text(path)["images"]
     splits = [each["split"] for each in images]
     assert (splits.count("val"), splits.count("test"), splits.count("train")) == (val, test, count - val - test)
     assert [each["filename"] for each in images] == [f"{i}.png" for i in range(count)]
     assert all(len(each["sentences"]) == 2 for each in images)
-    assert from_csv(path)["images"] == images
+    assert from_text(path)["images"] == images
 
 
 def test_the_fixed_split_stays_what_it_was(tmp_path):
     """People's data sets would change under them: these very pictures have always been held out."""
-    images = from_csv(table(tmp_path, "image,caption\n" + "".join(f"{i},dog\n" for i in range(30))))["images"]
+    images = from_text(table(tmp_path, "image,caption\n" + "".join(f"{i},dog\n" for i in range(30))))["images"]
     assert [i for i in range(30) if images[i]["split"] == "val"] == [3, 10, 18]
     assert [i for i in range(30) if images[i]["split"] == "test"] == [0, 5, 17]
 
@@ -527,15 +527,15 @@ TABLES = {
 @pytest.mark.parametrize("text, part", TABLES.values(), ids=TABLES)
 def test_a_wrong_table_is_refused_with_the_line(tmp_path, text, part):
     with refused(str(tmp_path / "mine.csv"), part):
-        from_csv(table(tmp_path, text))
+        from_text(table(tmp_path, text))
 
 
 def test_a_table_that_is_not_there_or_not_text_is_named(tmp_path):
     with refused("mine.csv", "--captions_csv"):
-        from_csv(tmp_path / "mine.csv")
+        from_text(tmp_path / "mine.csv")
     (tmp_path / "mine.csv").write_bytes(b"image,caption\n\xff\xfe,a\n")
     with refused("mine.csv", "UTF-8"):
-        from_csv(tmp_path / "mine.csv")
+        from_text(tmp_path / "mine.csv")
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import create_input_files
 import train
 from create_input_files import get_parser, main
 from preparing.layouts import read_layout
-from preparing.tables import FLICKR8K_LISTS, FLICKR8K_STRAY, from_csv
+from preparing.tables import FLICKR8K_LISTS, FLICKR8K_STRAY, from_text
 from safety.errors import UsageError
 
 SPLITS = ("train", "train", "train", "val", "test")
@@ -138,23 +138,23 @@ def test_a_column_split_is_said_and_counts_more_than_the_lists(tmp_path):
 def test_a_wrong_line_among_tokens_is_named(tmp_path):
     for line in ("1.jpg#1 a dog", "1.jpg\ta dog", "1.jpg#1\t "):
         with refused("x, line 3: not name#number, a tab and a caption"):
-            from_csv(write(tmp_path / "x", f"1.jpg#0\tA dog\n\n{line}\n"))
+            from_text(write(tmp_path / "x", f"1.jpg#0\tA dog\n\n{line}\n"))
     with refused("x, line 2: ", "no word of caption"):
-        from_csv(write(tmp_path / "x", "1.jpg#0\tA dog\n1.jpg#1\t .\n"))
+        from_text(write(tmp_path / "x", "1.jpg#0\tA dog\n1.jpg#1\t .\n"))
 
 
 def test_flickr30ks_results(tmp_path):
     """Bars and blanks around them, quotes that are never closed, commas, and the one line that lacks a bar."""
-    data = from_csv(write(tmp_path / "results.csv", "image_name| comment_number| comment\n"
+    data = from_text(write(tmp_path / "results.csv", "image_name| comment_number| comment\n"
                           '7.jpg| 0| "Two" men , in hats .\n7.jpg| 1| "A man\n8.jpg| 4   A dog runs .\n'))
     assert [(each["filename"], [" ".join(sentence["tokens"]) for sentence in each["sentences"]])
             for each in data["images"]] == [("7.jpg", ["two men in hats", "a man"]), ("8.jpg", ["a dog runs"])]
     with refused("results.csv, line 2: not 3 values; a caption with bars cannot be quoted"):
-        from_csv(write(tmp_path / "results.csv", "image_name| comment_number| comment\n7.jpg| 0| a | b\n"))
+        from_text(write(tmp_path / "results.csv", "image_name| comment_number| comment\n7.jpg| 0| a | b\n"))
     bars = write(tmp_path / "captions.txt", "image|caption\n7.jpg| 4 dogs\n")
-    assert from_csv(bars)["images"][0]["sentences"] == [{"tokens": ["4", "dogs"]}]
+    assert from_text(bars)["images"][0]["sentences"] == [{"tokens": ["4", "dogs"]}]
     commas = write(tmp_path / "captions.txt", "image_name,comment_number,comment\n7.jpg,0, A dog\n")
-    assert from_csv(commas)["images"][0]["sentences"] == [{"tokens": ["a", "dog"]}]
+    assert from_text(commas)["images"][0]["sentences"] == [{"tokens": ["a", "dog"]}]
 
 
 # ---- COCO's own ------------------------------------------------------------------------------------------------------

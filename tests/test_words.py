@@ -12,7 +12,7 @@ from test_datasets import BASE, WORDS, old, put  # noqa: F401 (a fixture)
 
 from caption import find_pictures
 from datasets import CaptionDataset, load_word_map, read_image
-from preparing.tables import from_csv
+from preparing.tables import from_text
 from safety.errors import InputError
 from safety.words import is_caption, is_word, normal, words_in
 
@@ -62,7 +62,7 @@ def test_spellings_are_one_word_in_the_files(tmp_path: Path) -> None:
     written = prepare(source, min_word_freq=1)
     assert list(load(written, "WORDMAP")) == ["man's", "caf\u00e9", "dog", "<unk>", "<start>", "<end>", "<pad>"]
     assert load(written, "TRAIN_REFERENCES") == [[["man's", "caf\u00e9", "dog"]]] * 2
-    rows = from_csv(table(tmp_path, "image,caption\n1.png,A man\u2019s dog\u2026\n1.png,a man's DOG...\n"))["images"]
+    rows = from_text(table(tmp_path, "image,caption\n1.png,A man\u2019s dog\u2026\n1.png,a man's DOG...\n"))["images"]
     assert rows[0]["sentences"] == [{"tokens": ["a", "mans", "dog"]}] * 2
 
 
