@@ -113,15 +113,14 @@ def test_no_checkpoint_stays_mapped(prepared, tmp_path, monkeypatch):
     for module, name in ((train, "train_epoch"), (evaluation, "generate_captions")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, own=function: seen.append(maps()) or own(*args))
-    arguments = flags(prepared, tmp_path, "--epochs", 1)
-    train.main(train.get_parser().parse_args(arguments))                        # stage 2 begins from a file
-    path = tmp_path / f"checkpoint_{prepared.name}.pth.tar"
-    train.main(train.get_parser().parse_args([*arguments, "--epochs", "1", "2", "--checkpoint", str(path)]))
+    arguments, path = flags(prepared, tmp_path, "--epochs", 1), tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+    train.main(train.get_parser().parse_args([*arguments, "--stage", "1"]))
+    train.main(train.get_parser().parse_args([*arguments, "--checkpoint", str(path)]))  # stage 2, from the best
     evaluation.main(evaluation.get_parser().parse_args([
         "--data_folder", str(prepared.folder), "--data_name", prepared.name, "--checkpoint", str(path), "--beam_size",
         "1", "--device", "cpu"]))
     model = caption.load(path, device="cpu")
-    assert seen == [[]] * 4 and maps() == [] and len(model) == 4
+    assert seen == [[]] * 3 and maps() == [] and len(model) == 4
     held = load_checkpoint(path)
     assert maps() and held  # so that the test would see one
 

@@ -432,7 +432,7 @@ def two(server: Any, prepared: Prepared, tmp_path_factory: pytest.TempPathFactor
     return folder / "out"
 
 
-@pytest.mark.parametrize(("nodes", "more"), [(1, []), (1, ["--checkpoint", "auto"]), (2, [])])
+@pytest.mark.parametrize(("nodes", "more"), [(1, []), (2, ["--checkpoint", "auto"])])
 def test_torchrun_starts_a_killed_process_again_from_the_last_checkpoint(server: Any, two: Path, prepared: Prepared,
                                                                          tmp_path: Path, nodes: int,
                                                                          more: list[str]) -> None:
