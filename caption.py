@@ -89,6 +89,7 @@ class Search(NamedTuple):
 
 
 def check_counts(**values: int) -> None:
+    """Refuses what is no number of things, by the name of its setting."""
     for name, value in values.items():
         if not isinstance(value, Integral) or value < 1:
             raise UsageError(f"{name}={value if isinstance(value, Real) else type(value).__name__}: a whole number of "

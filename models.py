@@ -147,7 +147,7 @@ class DecoderWithAttention(nn.Module):
     Args:
         attention_dim, embed_dim, decoder_dim: dimensions of the attention network, the word embeddings and the LSTM.
         vocab_size: number of words, the special ones included.
-        encoder_dim: features of a pixel.
+        encoder_dim: features of a region.
         dropout: on the LSTM's output, before the vocabulary.
         map_size: attention looks at a map this wide and high, to which others are pooled; None: at any map as it is.
             `build` sets it, so that what the scripts train and search gets `Encoder.grid` (see `datasets.encode`).
@@ -279,7 +279,10 @@ def teacher_forced(decoder: nn.Module, encoder_out: Tensor, captions: Tensor, ca
 
 
 def padded(steps: list[Tensor]) -> Tensor:
-    """Rows of each step, (n, P) with ever fewer captions, to (N, T, P): zero where a caption has ended."""
+    """Rows of each step, (n, P) with ever fewer captions, to (N, T, P): zero where a caption has ended.
+
+    `pad_packed_sequence` gives the same, but takes several operations a step, and on a GPU each is a launch.
+    """
     caption = torch.cat([torch.arange(len(each)) for each in steps])            # (words,), of each row
     step = torch.cat([torch.full((len(each),), t) for t, each in enumerate(steps)])
     rows, device = torch.cat(steps), steps[0].device

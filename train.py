@@ -150,12 +150,12 @@ def train_step(run: Run, training: Training, batch: tuple[Tensor, ...], sampling
 
     for optimizer in training.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
-    training.scaler.scale(loss).backward()  # in float16 a small gradient would be 0, so that the loss is made large
+    training.scaler.scale(loss).backward()  # in float16 small gradients would become 0, so the loss is scaled up
     for optimizer in training.optimizers.values():
         training.scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_value_(learning_parameters(training), run.args.grad_clip)
     for optimizer in training.optimizers.values():
-        training.scaler.step(optimizer)  # leaves the step out where a gradient has become infinite
+        training.scaler.step(optimizer)  # leaves the step out where a gradient is infinite or NaN
     training.scaler.update()
     return sums
 

@@ -12,7 +12,7 @@ from drawing.fonts import font_file
 from models import Caption
 
 DARK = 0.2  # of a pixel's brightness, where the model does not look at all
-SCALE = "Bright is where the model looked: full at a word's highest weight, a fifth where it has none."  # everywhere
+SCALE = "Bright is where the model looked: full at a word's highest weight, a fifth where it has none."  # in all files
 
 
 def fit(image: AnyPicture, size: int) -> Image.Image:

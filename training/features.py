@@ -139,7 +139,7 @@ def _write_features(features: Features, dataset: CaptionDataset, model: Captione
     with file:
         lock(file)  # waits while another run on this machine writes it
         if features.path.is_file():
-            return               # that run wrote it all
+            return  # that run wrote it all
         done = file.tell() // size // FEATURES_AT_ONCE * FEATURES_AT_ONCE  # batches as in one go, for the same bits
         file.truncate(done * size)
         rest = Subset(Pictures(dataset), range(done, dataset.n_images))
