@@ -14,7 +14,6 @@ captions_*.json, Flickr8k.token.txt and Flickr30k's results.csv are read as they
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from safety.checkpoints import SPECIAL_WORDS, load_checkpoint
 from safety.errors import InputError, UsageError, printable, run_script
 from safety.flags import integer
 from safety.pictures import check_paths
+from safety.processes import cores
 from safety.words import RULE, is_caption
 
 KARPATHY_SETS = ("coco", "flickr8k", "flickr30k")
@@ -224,8 +224,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--output_folder", default="data", metavar="DIR", help="where the files go (default: data)")
     add("--skip_unreadable", action="store_true", help="leave out pictures that cannot be read, and say which")
     add("--overwrite", action="store_true", help="replace files that were made from something else")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=integer(1), default=cores, metavar="N",
+    add("--workers", type=integer(1), default=cores(), metavar="N",
         help="processes that read pictures (default: one a core)")
     return parser
 

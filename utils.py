@@ -4,7 +4,6 @@ from __future__ import annotations
 import ctypes
 import io
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from safety.devices import unusable_device
 from safety.errors import InputError, UsageError
-from safety.processes import Place, place_among_processes
+from safety.processes import Place, cores, place_among_processes
 from safety.signals import SIGNALS  # the numbers of those that came
 from safety.vectors import check_text, fields
 from safety.words import normal
@@ -119,8 +118,7 @@ def loader_workers(workers: int | None, device: torch.device) -> int:
     """How many DataLoader workers, if the user does not say: on a CPU they would only disturb the arithmetic."""
     if workers is not None:
         return workers
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(4, max(1, cores)) if device.type == "cuda" else 0
+    return min(4, max(1, cores() // place_among_processes().local_size)) if device.type == "cuda" else 0
 
 
 def gather(value: Any, world: World) -> list[Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import subprocess
 import sys
 import time
@@ -34,13 +33,13 @@ from create_input_files import create_input_files
 from datasets import CaptionDataset, EpochSampler, Pictures, encode, load_word_map, loader_options
 from eval import generate_captions
 from models import Caption
+from safety.processes import cores
 from training.features import keep_features
 from training.progress import Progress, mean_loss
 from training.resume import output_files
 from utils import PRECISIONS, autocast, loader_workers, setup_world
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SEARCH_BATCH = 128  # pictures that evaluation searches at once
 
 
@@ -215,7 +214,7 @@ def cold_caption(setting: Setting, checkpoint: Path, picture: Path, *flags: str)
 def prepare(setting: Setting, folder: Path) -> None:
     with quiet():
         name = create_input_files("synthetic", setting.json_path, setting.pictures_folder, CAPTIONS_PER_IMAGE, 0,
-                                  folder, 50, workers=CORES)
+                                  folder, 50, workers=cores())
     assert name == NAME
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import platform
 import shutil
 import statistics
@@ -42,6 +41,7 @@ from benchmarks.proofs import (  # noqa: E402
 )
 from benchmarks.setting import Setting  # noqa: E402
 from safety.devices import cpu_has_bfloat16  # noqa: E402
+from safety.processes import cores  # noqa: E402
 from utils import PRECISIONS, choose_precision  # noqa: E402
 
 COCO = {  # work: what it is on COCO's Karpathy splits, and how many of its units that takes
@@ -235,9 +235,8 @@ def machine(setting: Setting) -> dict[str, Any]:
         lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = lines[0].split(":", 1)[1].strip() if lines else cpu
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = torch.device(setting.device).type == "cuda"
-    return {"cpu": cpu, "cores": cores, "gpu": torch.cuda.get_device_name(setting.device) if on_gpu else None,
+    return {"cpu": cpu, "cores": cores(), "gpu": torch.cuda.get_device_name(setting.device) if on_gpu else None,
             "torch": torch.__version__, "python": platform.python_version(), "commit": commit.stdout.strip() or None}
 
 

@@ -18,6 +18,11 @@ class Place(NamedTuple):
     local_size: int = 1
 
 
+def cores() -> int:
+    """Those that this process may use; in a container, or under Slurm, fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def place_among_processes() -> Place:
     """From RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
 

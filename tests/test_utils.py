@@ -19,7 +19,7 @@ from torch import nn
 import utils
 from safety.devices import bfloat16_on_cpu, cpu_advice
 from safety.errors import InputError
-from utils import World, choose_precision, load_embeddings, setup_world
+from utils import World, choose_precision, load_embeddings, loader_workers, setup_world
 
 WORDS = {"<pad>": 0, "a": 1, "red": 2, "of": 3, "<unk>": 4}
 
@@ -120,6 +120,17 @@ def test_a_gpu_that_is_left_idle_is_told(monkeypatch):
     assert cpu_advice(cpu, "cpu", "float32") == []  # it was asked for
     monkeypatch.setattr(torch.version, "cuda", None)
     assert cpu_advice(cpu, None, "float32") == []   # PyTorch was installed for the CPU
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("cores, processes, workers", [(16, 1, 4), (16, 8, 2), (2, 1, 2), (1, 1, 1), (4, 8, 1)])
+def test_a_gpu_gets_up_to_four_workers_of_its_share_of_the_cores(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(utils, "cores", lambda: cores)
+    for name, value in (("RANK", 0), ("WORLD_SIZE", processes), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", processes),
+                        ("MASTER_ADDR", "localhost"), ("MASTER_PORT", 29500)):
+        monkeypatch.setenv(name, str(value))
+    assert loader_workers(None, torch.device("cuda", 0)) == workers
+    assert loader_workers(None, torch.device("cpu")) == 0 and loader_workers(7, torch.device("cpu")) == 7
 
 
 @pytest.mark.usefixtures("alone")
