@@ -62,7 +62,7 @@ def open_image(image: AnyPicture) -> AbstractContextManager[Image.Image]:
     pixels = image.movedim(0, -1).cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
     if pixels.dtype != np.uint8:
         raise TypeError(f"its numbers are {pixels.dtype}, and not uint8, 0 to 255")
-    if pixels.ndim != 3 or pixels.shape[2] != 3:
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise TypeError(f"its shape is {tuple(image.shape)}, and not (H, W, 3) of an array or (3, H, W) of a tensor")
     return nullcontext(Image.fromarray(pixels))
 

@@ -35,7 +35,7 @@ from safety.errors import InputError, UsageError, printable, reason, run_script
 from safety.files import atomic_write, unwritable
 from safety.flags import integer
 from safety.meteor import meteor_score
-from safety.words import words_in
+from safety.words import normal, words_in
 from utils import World, add_device_flags, broadcast, gather_in_order, loader_workers, progress_bar, setup_world
 
 References = Sequence[Sequence[Sequence[str]]]  # of each picture all that people wrote, as words
@@ -187,7 +187,7 @@ def read_captions(path: str, dataset: CaptionDataset, word_map: dict[str, int]) 
     found: dict[int, list[str]] = {}
     try:
         for each in json.loads(Path(path).read_text(encoding="utf-8-sig")):
-            found.setdefault(int(each["image_id"]), []).append(each["caption"].strip())
+            found.setdefault(int(each["image_id"]), []).append(normal(each["caption"]).strip())
     except OSError as error:
         raise InputError(f"--captions {path}: {error.strerror}; name a file of captions") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

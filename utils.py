@@ -78,8 +78,10 @@ def choose_precision(device: torch.device, precision: str | None) -> str:
     has it, float32 elsewhere.
 
     Raises:
-        UsageError: bfloat16 on a GPU that only emulates it, which is slower than float32.
+        UsageError: no such precision, or bfloat16 on a GPU that only emulates it, which is slower than float32.
     """
+    if precision not in {None, *PRECISIONS}:  # from Python
+        raise UsageError(f"--precision {precision}: there are {', '.join(PRECISIONS)}")
     if device.type == "cpu":
         return precision or "float32"
     native = torch.cuda.is_bf16_supported(including_emulation=False)            # from capability 8.0 on
@@ -187,7 +189,7 @@ def load_embeddings(path: str | Path, word_map: dict[str, int]) -> tuple[Tensor,
                 if len(values) > 1:  # one: the counts with which word2vec's text format begins
                     sizes[len(values)] += 1
                 index = word_map.get(word, word_map.get(normal(word)))
-                if index is not None:
+                if index is not None and (len(values) > 1 or line_number > 1):
                     ours.append((line_number, index, line))
         size = max(sizes, key=sizes.__getitem__, default=0)
         for each in ours if size else ():

@@ -122,6 +122,9 @@ def read_rows(path: Path, text: str) -> list[tuple[str, dict[str, str]]]:
     # Flickr30k's bars come without any quoting: a quote at a caption's beginning is part of it.
     quoting = csv.QUOTE_NONE if separator == "|" else csv.QUOTE_MINIMAL
     columns = columns_of(header, separator)
+    for name in ("image", "caption"):
+        if columns.count(name) > 1:
+            raise InputError(f"{path}: it has several columns {name}; give each caption a line of its own")
     if separator == "|" and "comment_number" in columns:
         lines = [LACKS_A_BAR.sub(r"\1| ", line) for line in lines]
     table = csv.reader(lines, delimiter=separator, quoting=quoting, skipinitialspace=True, strict=True)

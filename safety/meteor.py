@@ -13,7 +13,8 @@ from typing import IO
 
 from pycocoevalcap.meteor import meteor
 
-LOCALE = ["-Duser.language=en", "-Duser.country=US"]  # in others it writes 0,5, and cannot read what it wrote
+# In other locales it writes 0,5, and cannot read what it wrote.
+LOCALE = ["-Duser.language=en", "-Duser.country=US", "-Duser.language.format=en", "-Duser.country.format=US"]
 START_SECONDS = 180   # to begin with it reads a large table; alone it takes 10
 PAIR_SECONDS = 1e-4   # for a word of a caption beside a word of a reference; alone it takes a tenth
 

@@ -9,6 +9,7 @@ from PIL import Image
 from safety.metadata import ORIENTATION, orientation
 
 SAMPLE_FORMAT = 339  # the number of a TIFF's tag: 1 if its numbers have no sign
+WHITE_IS_0 = 262    # of another: 0 if its lowest number is white; of 8 bits Pillow knows that itself
 TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
@@ -28,7 +29,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         pixels = np.asarray(picture)
         if picture.mode == "I" and getattr(picture, "tag_v2", {SAMPLE_FORMAT: 2}).get(SAMPLE_FORMAT, 1) in {1, (1,)}:
             pixels = pixels.view(np.uint32)  # a TIFF's, whose highest bit Pillow takes for a sign
-        picture = Image.fromarray(to_bytes(pixels))
+        inverted = getattr(picture, "tag_v2", {}).get(WHITE_IS_0) == 0  # as in X-rays
+        picture = Image.fromarray(255 - to_bytes(pixels) if inverted else to_bytes(pixels))
     if turn in TURNS:
         picture = picture.transpose(TURNS[turn])
     if picture.has_transparency_data:

@@ -20,6 +20,8 @@ TO_ASCII = str.maketrans({**dict.fromkeys(APOSTROPHES, "'"), **dict.fromkeys(QUO
 IN_WORDS = "\u00b7\u055b\u055c\u055e"  # Catalan's dot and Armenian's marks stand amid a word
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation + IN_WORDS)
 NOT_IN_WORDS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # white space, control characters, half characters
+# What Unicode says to show nothing for, beside its format characters: joiners, fillers and variation selectors.
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 RULE = "a word is not empty, and has no white space or control character in it"
 
 
@@ -32,7 +34,7 @@ def normal(text: str) -> str:
     """
     if text.isascii():
         return text
-    visible = "".join(each for each in text if unicodedata.category(each) != "Cf" and not "\ufe00" <= each <= "\ufe0f")
+    visible = "".join(each for each in text if unicodedata.category(each) != "Cf" and not INVISIBLE.match(each))
     return unicodedata.normalize("NFC", visible).translate(TO_ASCII)
 
 

@@ -316,6 +316,12 @@ def test_arrays_and_tensors_have_their_own_layouts(model):
             caption_images(model.captioner, [image], SEARCH)
 
 
+def test_an_array_without_pixels_is_refused(model):
+    """OpenCV's crop outside a picture is one."""
+    with refused("a picture given as ndarray", "(0, 5, 3)"):
+        caption_images(model.captioner, np.zeros((0, 5, 3), np.uint8), SEARCH)
+
+
 def test_settings_go_before_the_searchs_own(model, pictures):
     found = caption_images(model.captioner, pictures, SEARCH._replace(n_best=3), n_best=2, max_len=4)
     expected = caption_images(model.captioner, pictures, Search(beam_size=3, max_len=4, n_best=2))

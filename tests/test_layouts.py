@@ -396,3 +396,12 @@ def test_a_trained_model_goes_on_with_pictures_of_ones_own(prepared: Prepared, t
     shutil.copy(tmp_path / "new" / f"checkpoint_{base}.pth.tar", best.parent)  # as without --output_folder
     with refused(f"checkpoint_{base}.pth.tar would be overwritten", "--output_folder"):
         learn(folder, base, best.parent, "--checkpoint", best)
+
+
+@pytest.mark.parametrize("header", ["image,caption,caption", "image,image,caption"])
+def test_a_column_that_is_there_twice_is_named(tmp_path, header):
+    """Or all captions but the last would vanish."""
+    path = tmp_path / "captions.csv"
+    path.write_text(f"{header}\n1.png,a dog,one dog\n", encoding="utf-8")
+    with refused(str(path), "several columns", "each caption a line of its own"):
+        from_text(path)

@@ -219,3 +219,17 @@ def test_threads_do_not_leave_warnings_silenced() -> None:
         warnings.warn("heard", stacklevel=1)
     assert [str(each.message) for each in shown] == ["heard"]
     assert warnings.filters == filters
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_tiff_whose_lowest_number_is_white(tmp_path, dtype):
+    """As X-rays have it: Pillow knows it of 8 bits alone."""
+    ramp = np.linspace(0, np.iinfo(dtype).max, 64 * 64).reshape(64, 64).astype(dtype)
+    Image.fromarray(ramp).save(tmp_path / "plain.tif")
+    Image.fromarray(np.iinfo(dtype).max - ramp).save(tmp_path / "inverted.tif")
+    file = (tmp_path / "inverted.tif").read_bytes()
+    tag = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
+    assert file.count(tag) == 1
+    (tmp_path / "inverted.tif").write_bytes(file.replace(tag, struct.pack("<HHIHH", 262, 3, 1, 0, 0)))
+    one, other = (read_image(tmp_path / f"{name}.tif").astype(int) for name in ("plain", "inverted"))
+    assert abs(one - other).max() <= 1

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ENCODER, Prepared
+from conftest import ENCODER, Prepared, refused
 from PIL import Image
 from torch import nn
 from torch._dynamo.utils import counters
@@ -706,6 +706,17 @@ def test_stage_2_finds_the_best_of_stage_1_and_then_its_own(prepared: Prepared, 
     assert stopped["args"]["checkpoint"] == str(tmp_path / f"BEST_checkpoint_{prepared.name}.pth.tar")
     run(prepared, tmp_path, "--stage", 2, *auto)
     assert_same_run(load(tmp_path, prepared), load(straight, prepared))
+
+
+def test_a_leftover_of_torchruns_restarts_resumes_nothing(prepared: Prepared, straight: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(straight, tmp_path / "copy")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with refused("holds a run already"):
+        run(prepared, folder)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # and its WORLD_SIZE not
+    args = train.get_parser().parse_args(flags(prepared, folder))
+    assert "resume it with: " in train.resume_command(args) and "torchrun --n" not in train.resume_command(args)
 
 
 def test_an_older_checkpoint_does_not_replace_a_newer_one(prepared: Prepared, tmp_path: Path) -> None:

@@ -134,6 +134,12 @@ def test_a_gpu_gets_up_to_four_workers_of_its_share_of_the_cores(monkeypatch, co
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_precision_that_is_none_is_refused():
+    with refused("--precision bf16: there are bfloat16, float16, float32"):
+        setup_world("cpu", "bf16")
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_device_that_nobody_tried_is_refused():
     with refused("--device mps: not tried yet", "leave the flag out"):
         setup_world("mps", None)

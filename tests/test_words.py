@@ -299,3 +299,8 @@ def test_a_picture_that_is_nowhere_is_only_missing(tmp_path: Path) -> None:
         source.write_text(json.dumps({"images": [image(name, "train", "a")]}))
         with refused(f"{name} ({tmp_path / link} is a link to {to}, which is not there)"):
             prepare(source)
+
+
+@pytest.mark.parametrize("text", ["辻\U000e0100", "d\u034fog", "do\u180bg", "개\u3164", "dog\u200b"])
+def test_what_cannot_be_seen_is_not_part_of_a_word(text):
+    assert normal(text) == "".join(each for each in text if each in "辻개dog")

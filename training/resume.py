@@ -105,7 +105,7 @@ def checkpoint_to_resume(args: argparse.Namespace, restarted: bool) -> str | Non
         if args.stage == "2" and (not path.exists() or training_of(path).get("stage") == 1):
             path = files.best
         return str(path) if path.exists() else None
-    if restarted and path.exists() and training_of(path).get("launch") == launch_id():
+    if restarted and launch_id() and path.exists() and training_of(path).get("launch") == launch_id():
         return str(path)
     return args.checkpoint
 
@@ -168,7 +168,7 @@ def resume_command(args: argparse.Namespace) -> str:
     if args.stage == "2" and training_of(path).get("stage") == 1:  # its last epoch; the flags name the best
         return again
     command = sys.orig_argv
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if {"TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
         nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
         command = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
         command[1:1] = [f"--nnodes={nodes}", "..."] if nodes > 1 else []
