@@ -28,6 +28,7 @@ from PIL import Image
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import caption
 import eval as evaluation
@@ -108,6 +109,7 @@ def test_both_stages_leave_log_curves_and_checkpoints(prepared: Prepared, straig
 
 def test_a_thread_can_train(prepared: Prepared, tmp_path: Path) -> None:
     """As a notebook or a server may; only the main thread can be sent signals."""
+    tqdm.set_lock(threading.RLock())  # a signal of another test may have left tqdm's own to the main thread
     with ThreadPoolExecutor(1) as pool:
         [row] = pool.submit(run, prepared, tmp_path, "--stage", 1, "--epochs", 1).result()
     assert row["epoch"] == 1 and load(tmp_path, prepared)["training"]["epoch"] == 1
