@@ -619,7 +619,7 @@ def attacks(proof: Path | str = "") -> dict[str, Any]:
                         (command,)),
         "subprocess": Call(Name("subprocess", "check_call"), (["touch", str(proof)],)),
         "a method": Call(dotted("pathlib", "Path.touch"), (Call(Name("pathlib", "Path"), (str(proof),)),)),
-        "through a module of ours": Call(dotted("utils", "os.system"), (command,)),
+        "through a module of ours": Call(dotted("safety.files", "os.system"), (command,)),
         "a method of an allowed class": Call(dotted("collections", "OrderedDict.fromkeys"), ([1, 2],)),
         "a name in two parts": Call(dotted("torch", "_utils._import_dotted_name"), ("os.system",)),
         "beside an allowed function": Call(dotted("torch._utils", "_rebuild_tensor_v2.__globals__.get"), ("os",)),
