@@ -661,9 +661,9 @@ def reachable() -> list[Any]:
 def test_code_becomes_a_stand_in_and_does_not_run(attack, container, tmp_path):
     """Beside good weights it is as if it were not there; it was refused until what is not needed was no reason to.
     Where it alone tells how many bytes follow, or in the place of a weight, it is refused."""
-    path, before = tmp_path / "x.pth.tar", reachable()
-    content, storages = tiny_old({}, {})
+    path, (content, storages) = tmp_path / "x.pth.tar", tiny_old({}, {})
     good = load_checkpoint(write_old(path, container, content, storages), WORDS)
+    before = reachable()  # once PyTorch has imported what it takes to refuse a file
     hostile = attacks(tmp_path / "proof")[attack]
     write_old(path, container, {**content, "epoch": hostile}, storages)
     if attack == "a storage's type" and container == "stream":
