@@ -106,11 +106,11 @@ def check_space(folder: Path, n_pictures: int) -> None:
     """Makes the folder, and refuses it if the files will not fit."""
     with naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    needed, (total, _, free) = n_pictures * (3 * IMAGE_SIZE ** 2 + 4000), shutil.disk_usage(folder)
-    if needed > free and total:  # some network folders tell nothing
-        raise InputError(f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free; make space, or "
-                         "name another --output_folder")
-    print(f"{n_pictures} pictures need {needed / 1e9:.2f} GB in {folder}, {free / 1e9:.1f} GB are free")
+    needed, usage = n_pictures * (3 * IMAGE_SIZE ** 2 + 4000), shutil.disk_usage(folder)
+    if needed > usage.free and usage.total:  # some network folders tell nothing
+        raise InputError(f"{folder}: {needed / 1e9:.2f} GB are needed and {usage.free / 1e9:.2f} GB free; make space, "
+                         "or name another --output_folder")
+    print(f"{n_pictures} pictures need {needed / 1e9:.2f} GB in {folder}, {usage.free / 1e9:.1f} GB are free")
 
 
 def write_json(path: Path, value: Any) -> None:

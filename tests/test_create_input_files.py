@@ -223,10 +223,13 @@ def test_all_missing_pictures_are_told_before_any_work(tmp_path):
 
 def test_too_little_space_is_told_before_any_work(tmp_path, monkeypatch):
     source, pixels = write_set(tmp_path, few(100)), 100 * 3 * 256 * 256
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=pixels))  # the captions need some too
+    usage = SimpleNamespace(total=2 * pixels, free=pixels)  # the captions need some too
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with refused(str(tmp_path / "out"), "0.02 GB are needed and 0.02 GB free", "--output_folder"):
         prepare(source)
     assert listing(tmp_path / "out") == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))  # as some network folders
+    prepare(write_set(tmp_path / "another", few(2)))
 
 
 LAYOUTS = {
