@@ -5,6 +5,7 @@ import argparse
 import codecs
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -48,6 +49,7 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
         parser.error(refusal)
     args = parser.parse_args()
     debug = vars(args).pop("debug")
+    others = {child.pid for child in multiprocessing.active_children()}  # of a host, such as a notebook
     unraisable = sys.unraisablehook  # called with what is raised in destructors; a stop is in SIGNALS all the same
     sys.unraisablehook = lambda lost: None if lost.exc_type is Stopped else unraisable(lost)
     try:
@@ -72,6 +74,9 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
             parser.error(line)
         sys.exit(printable(f"{parser.prog}: {line}"))
     finally:
+        for child in multiprocessing.active_children():
+            if child.pid not in others:
+                child.kill()  # a DataLoader's worker takes no SIGTERM, and Python's end would wait for it
         sys.unraisablehook = unraisable
         for bar in list(getattr(tqdm, "_instances", [])):
             with suppress(OSError):
