@@ -1,4 +1,4 @@
-"""What a GPU makes of this project, in one command of under five minutes; no data are needed.
+"""What a GPU makes of this project, in one command that is meant to take under five minutes; no data are needed.
 
     python benchmarks/gpu.py                  # prints tables, and writes all figures into gpu.json
     python benchmarks/gpu.py --tiny           # a dry run of some seconds, on a CPU too
