@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from safety.devices import unusable_device
 from safety.errors import InputError, UsageError
-from safety.processes import Place, cores, place_among_processes
+from safety.processes import Place, cores, place_among_processes, waiting_for_others
 from safety.signals import SIGNALS  # the numbers of those that came
 from safety.vectors import check_text, fields
 from safety.words import normal
@@ -47,8 +47,9 @@ def setup_world(device: str | None, precision: str | None, join: bool = True) ->
     if chosen.type == "cpu":
         keep_freed_memory()
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # gloo: what is on the CPU
-                                timeout=timedelta(minutes=30))  # while rank 0 downloads weights, say
+        with waiting_for_others(place):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # gloo: on the CPU
+                                    timeout=timedelta(minutes=30))  # while rank 0 downloads weights, say
     precision = choose_precision(chosen, precision)
     torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")  # TF32 or not
     torch.backends.cudnn.allow_tf32 = precision != "float32"

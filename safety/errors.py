@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import io
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
     Args:
         resume_hint: what to say when the script was stopped.
     """
-    make_everything_printable()
+    lost = make_everything_printable()
     parser.add_argument("--debug", action="store_true", help="show where in the code a failure arose")
     parser.error = lambda message: parser.exit(2, printable(f"{parser.prog}: {message} (--help tells the flags)\n"))
     if refusal := misread(sys.argv[1:], parser):
@@ -56,6 +58,8 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
         with handle_signals(raise_stopped):
             main(args)
             sys.stdout.flush()  # fails here, if at all, and not at Python's own end
+            if lost:
+                raise InputError(f"what was printed could not be written ({lost[0].strerror}); all else is done")
             if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
                 dist.destroy_process_group()
     except (KeyboardInterrupt, Exception) as error:
@@ -91,23 +95,48 @@ def release_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def make_everything_printable() -> None:
-    """Whatever a stream's encoding lacks is printed as JSON's escape (\\u03b3), so that printed JSON stays JSON."""
+def make_everything_printable() -> list[OSError]:
+    """Whatever a stream's encoding lacks is printed as JSON's escape (\\u03b3), so that printed JSON stays JSON. And
+    where a terminal goes away, or a disk is full, what is printed from then on is lost, and nothing else.
+
+    Returns:
+        A list to which the errors of standard output will be added, except a terminal's end, which nobody sees.
+    """
     codecs.register_error("json", lambda error: (json.dumps(error.object[error.start:error.end])[1:-1], error.end))
+    lost: list[OSError] = []
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # where nobody listens
             setattr(sys, name, open(os.devnull, "w"))
         elif isinstance(stream, io.TextIOWrapper):  # a notebook's is none, and UTF-8
             stream.reconfigure(errors="json")
+            for method in ("write", "flush"):
+                setattr(stream, method, partial(print_or_lose, stream, getattr(stream, method),
+                                                lost if name == "stdout" else []))
+    return lost
+
+
+def print_or_lose(stream: io.TextIOWrapper, method: Callable[..., Any], lost: list[OSError], *args: Any) -> Any:
+    """Calls a stream's `write` or `flush`. A reader that ends, such as `head`, still ends the command."""
+    try:
+        return method(*args)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        to_nowhere(stream)
+        lost += [error] if error.errno != errno.EIO else []
 
 
 def drop_what_cannot_be_printed() -> None:
-    """Where standard output is closed or full, Python would complain once more at its own end."""
+    """Where standard output is closed, Python would complain once more at its own end."""
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        to_nowhere(sys.stdout)
+
+
+def to_nowhere(stream: io.TextIOWrapper) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def reason(error: Exception) -> str:

@@ -3,10 +3,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from safety.errors import UsageError
+from torch.distributed import DistError
+
+from safety.errors import InputError, UsageError, reason
 from safety.flags import integer
+from safety.signals import URGENT
 
 
 class Place(NamedTuple):
@@ -37,6 +45,27 @@ def place_among_processes() -> Place:
         number("MASTER_PORT", 1, 65535)
     return Place(number("RANK", 0, size - 1), size, number("LOCAL_RANK", 0, size - 1),
                  number("LOCAL_WORLD_SIZE", 1, size))
+
+
+@contextmanager
+def waiting_for_others(place: Place) -> Iterator[None]:
+    """Within it the other processes are waited for. Where it was not torchrun that started this one, they may not
+    exist: so the wait is announced, and Ctrl-C ends it as if there were no Python, which PyTorch keeps waiting."""
+    others = f"{place.size - 1} other process{'es' * (place.size > 2)} at " + ":".join(
+        os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    handlers = {}
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(f"waiting for {others}, because of WORLD_SIZE={place.size} in the environment; {remedy()}",
+              file=sys.stderr)
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.signal(number, signal.SIG_DFL) for number in URGENT}
+    try:
+        yield
+    except DistError as error:
+        raise InputError(f"{others} could not be found ({reason(error)}); {remedy()}") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def number(name: str, low: int, high: int | None = None) -> int:

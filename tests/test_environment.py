@@ -3,6 +3,7 @@ names on the command line."""
 from __future__ import annotations
 
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -35,6 +36,7 @@ from safety.processes import Place, place_among_processes
 from safety.signals import POLITE, SIGNALS, Stopped, handle_signals
 from training.features import Features
 from training.resume import resume_command
+from utils import setup_world
 
 HERE = Path(__file__).parent
 
@@ -161,6 +163,57 @@ def test_nobody_need_listen_to_errors(prepared: Prepared, model: Path, monkeypat
     caption.run_script(caption.main, caption.get_parser())
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs Linux's terminals")
+@pytest.mark.parametrize("script", ["train", "caption"])
+@pytest.mark.parametrize("place", ["a full disk", "a terminal that went away"])
+def test_what_cannot_be_printed_ends_nothing(prepared: Prepared, model: Path, tmp_path: Path, command: Any, place: str,
+                                             script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All work is done and in its files; afterwards a full disk is named, while of a terminal nobody is left."""
+    if place == "a full disk":
+        file: Any = "/dev/full"
+    else:
+        terminal, file = os.openpty()
+        os.close(terminal)
+    out = tmp_path / "out"
+    module, arguments, written = {
+        "train": (train, flags(prepared, out, "--stage", 1, "--epochs", 2), f"log_{prepared.name}.jsonl"),
+        "caption": (caption, ["--img", prepared.pictures, "--model", model, "--max_len", 3, "--device", "cpu",
+                              "--json", out / "captions.json", "--batch_size", 8], "captions.json")}[script]
+    with open(file, "w", buffering=1) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        status, shown = command(module, *arguments)
+        print("and no more complaints")
+    if place == "a full disk":
+        assert status == 1 and shown.endswith(
+            f"{script}.py: what was printed could not be written (No space left on device); all else is done\n")
+    else:
+        assert status == 0
+    assert (out / written).read_text().count('"epoch": ' if script == "train" else '"image"') == (
+        2 if script == "train" else 29)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full disk")
+def test_a_full_disk_for_errors_ends_nothing(prepared: Prepared, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["caption.py", "--img", str(prepared.pictures), "--model", str(model), "--max_len",
+                                      "3", "--device", "cpu", "--batch_size", "8"])
+    with open("/dev/full", "w", buffering=1) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        caption.run_script(caption.main, caption.get_parser())
+
+
+@pytest.mark.parametrize(("named", "taken"), [
+    pytest.param("module://matplotlib_inline.backend_inline", "agg", marks=pytest.mark.skipif(
+        importlib.util.find_spec("matplotlib_inline") is not None, reason="it is installed here")),
+    ("no_such_window", "agg"), ("svg", "svg")])
+def test_a_notebooks_backend_is_not_needed(named: str, taken: str) -> None:
+    """Left in the environment, it would end whatever imports matplotlib; one that is there stays."""
+    code = ("import drawing.fonts, os, sys; from matplotlib.figure import Figure; Figure().savefig(sys.argv[1]); "
+            "import matplotlib; print(os.environ['MPLBACKEND'], matplotlib.rcParams['backend'])")
+    done = subprocess.run([sys.executable, "-c", code, os.devnull], cwd=HERE.parent, text=True,
+                          env={**os.environ, "MPLBACKEND": named}, capture_output=True)
+    assert done.stdout == f"{taken} {taken}\n", done.stderr
+
+
 # ---- what torchrun leaves behind -------------------------------------------------------------------------------------
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -226,6 +279,32 @@ def test_what_torchrun_sets_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(UsageError, match="no MASTER_ADDR"):
         place_among_processes()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_who_is_waited_for_is_said_before(torchrun: bool, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    """All variables may be left, and then the others do not exist."""
+    for name, value in zip(VARIABLES, ("0", "3", "0", "3", "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    said = []
+
+    def wait(*_: Any, **__: Any) -> None:
+        said.append(capsys.readouterr().err)
+        assert (signal.getsignal(signal.SIGINT) == signal.SIG_DFL) == (not torchrun)  # PyTorch waits without Python
+        raise torch.distributed.DistNetworkError("no answer")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", wait)
+    with refused("2 other processes at localhost:29500 could not be found (DistNetworkError: no answer); torchrun"):
+        setup_world("cpu", None)
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+    assert said == ["" if torchrun else "waiting for 2 other processes at localhost:29500, because of WORLD_SIZE=3 in "
+                    "the environment; torchrun sets it; without torchrun: unset RANK WORLD_SIZE LOCAL_RANK "
+                    "LOCAL_WORLD_SIZE\n"]
 
 
 @pytest.mark.usefixtures("alone")
