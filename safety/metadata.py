@@ -59,7 +59,7 @@ def without_metadata(path: str | Path) -> bytes:
     with open(path, "rb") as file:
         start = file.read(4)
         for signature, bare in ((b"\x89PNG", bare_png), (b"\xff\xd8", bare_jpeg), (b"II*\0", bare_tiff),
-                                (b"MM\0*", bare_tiff)):
+                                (b"MM\0*", bare_tiff), (b"II+\0", bare_tiff), (b"MM\0+", bare_tiff)):
             if start.startswith(signature):
                 return bare(start + file.read())
     return b""
@@ -94,10 +94,13 @@ def bare_jpeg(file: bytes) -> bytes:
 
 def bare_tiff(file: bytes) -> bytes:
     order = "<" if file.startswith(b"II") else ">"
-    start, = struct.unpack_from(f"{order}I", file, 4)
-    count, = struct.unpack_from(f"{order}H", file, start)
-    entries = [file[at:at + 12] for at in range(start + 2, start + 2 + 12 * count, 12)]
+    # Where the directory's place is told, and how; how its entries are counted, and how long they are.
+    at, place, number, size = (8, "Q", "Q", 20) if 43 in file[2:4] else (4, "I", "H", 12)
+    start, = struct.unpack_from(order + place, file, at)
+    count, = struct.unpack_from(order + number, file, start)
+    first = start + struct.calcsize(number)
+    entries = [file[at:at + size] for at in range(first, first + size * count, size)]
     kept = [entry for entry in entries if struct.unpack_from(f"{order}H", entry)[0] in TIFF_TAGS]
-    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept)
-    # What is pointed to stays where it was; zeros say that no other directory follows.
-    return file[:start] + directory.ljust(6 + 12 * count, b"\0") + file[start + 6 + 12 * count:]
+    directory = struct.pack(order + number, len(kept)) + b"".join(kept)
+    end = first + size * count + struct.calcsize(place)  # zeros say that no other directory follows
+    return file[:start] + directory.ljust(end - start, b"\0") + file[end:]  # what is pointed to stays where it was

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ from datasets import (
 )
 from models import DecoderWithAttention, Encoder
 from safety.errors import InputError
-from safety.modes import SAMPLE_FORMAT
+from safety.modes import NO_DATA, SAMPLE_FORMAT
 from safety.pictures import check_pixels, is_one_colour
 from training import features as features_module
 from training.features import Features, keep_features
@@ -122,7 +123,8 @@ DEEP = {
     "a narrow part of 16 bits": (29_000 + PHOTO * 4, "u2"), "Hounsfield's": (PHOTO * 16 - 1024, "i4"),
     "8 bits in 32": (PHOTO, "i4"), "16 bits in 32": (PHOTO * 257, "i4"), "24 bits in 32": (PHOTO * 65793, "i4"),
     "32 bits": (PHOTO * 2 ** 23, "i4"), "32 bits around 0": ((PHOTO - 128) * 2 ** 24, "i4"),
-    "a mask of 0 and 1": (None, "u2"),
+    "a mask of 0 and 1": (None, "u2"), "16 bits with a sign": (PHOTO * 128, "i2"),
+    "12 bits in 16 with a sign": (PHOTO * 16, "i2"),
 }
 
 
@@ -133,9 +135,58 @@ def test_deeper_pictures_are_brought_to_bytes_by_their_own_range(tmp_path, value
         values, expected = PHOTO > 127, (PHOTO > 127) * 255.0
     elif values is None:
         values, expected = np.where(PHOTO < 1, -3e38, PHOTO), np.where(PHOTO < 1, 0, 255)
-    picture = Image.fromarray(values.astype(kind))
-    for each in (picture, save(tmp_path / "x.tiff", picture)):
+    if kind == "i2":  # which Pillow reads from files alone
+        pictures = [with_a_sign(tmp_path / "x.tiff", values.astype(kind))]
+    else:
+        picture = Image.fromarray(values.astype(kind))
+        pictures = [picture, save(tmp_path / "x.tiff", picture)]
+    for each in pictures:
         assert np.abs(read_image(each).astype(float) - expected).max() <= 1
+
+
+def with_a_sign(path, values):
+    """A TIFF of numbers of 16 bits, which its tag says to have a sign."""
+    file = save(path, Image.fromarray(values.view("u2")), tiffinfo={SAMPLE_FORMAT: 1}).read_bytes()
+    unsigned, signed = (struct.pack("<HHII", SAMPLE_FORMAT, 3, 1, kind) for kind in (1, 2))
+    assert file.count(unsigned) == 1
+    path.write_bytes(file.replace(unsigned, signed))
+    return path
+
+
+@pytest.mark.parametrize("value", [0, -30_000, 30_000])
+def test_one_number_with_a_sign_is_one_colour(tmp_path, value):
+    pixels = read_image(with_a_sign(tmp_path / "x.tiff", np.full((9, 9), value, "i2")))
+    assert np.all(pixels == max(value, 0) // 256)
+
+
+@pytest.mark.parametrize("bits, kind", [(12, "u2"), (12, "i4"), (0, "f4")])
+def test_a_few_hot_pixels_do_not_darken_the_others(tmp_path, bits, kind):
+    values = PHOTO * (16 if bits else 1 / 255)
+    hot = np.random.default_rng(1).random(values.shape) < 0.0005
+    assert 0 < hot.sum() < hot.size / 1000
+    picture = Image.fromarray(np.where(hot, 65535, values).astype(kind))
+    assert np.abs(read_image(picture).astype(float) - np.where(hot, 255, PHOTO)).max() <= 1
+
+
+@pytest.mark.parametrize("told, gap", [(None, -9999), ("-3.4e38", -3.4e38), ("-32768", -32768), ("none", -9999)])
+def test_where_nothing_was_measured_the_rest_is_seen(tmp_path, told, gap):
+    gaps = np.zeros(PHOTO.shape, bool)
+    gaps[:50] = True
+    picture = Image.fromarray(np.where(gaps, gap, PHOTO / 255).astype("f4"))
+    path = save(tmp_path / "x.tiff", picture, tiffinfo={NO_DATA: told} if told else {})
+    expected = np.where(gaps, PHOTO[50:].min(), PHOTO)
+    assert np.abs(read_image(path).astype(float) - expected).max() <= 1
+
+
+def test_clear_parts_of_16_bits_are_on_white(tmp_path):
+    values = (PHOTO * 257).astype("u2")
+    path = save(tmp_path / "x.png", Image.fromarray(values))
+    file = path.read_bytes()
+    number = struct.pack(">H", int(values[9, 9]))
+    clear = struct.pack(">I", 2) + b"tRNS" + number + struct.pack(">I", zlib.crc32(b"tRNS" + number))
+    path.write_bytes(file[:33] + clear + file[33:])
+    expected = np.where(values == values[9, 9], 255, PHOTO)
+    assert np.abs(read_image(path).astype(float) - expected).max() <= 1
 
 
 PARTS = {"0 to 1": (1 / 510, "f4"), "8 bits": (1 / 2, "u2"), "12 bits": (8, "u2"), "16 bits": (128, "i4")}

@@ -64,6 +64,16 @@ def tiff(*entries: tuple[int, int, int, bytes], **options: str) -> bytes:
     return file[:4] + struct.pack("<I", at) + file[8:].ljust(at - 8, b"\0") + directory(merged)
 
 
+def big_tiff(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """A BigTIFF file with these entries beside those that its pixels need."""
+    own = [(256, 3, 1, PHOTO.width), (257, 3, 1, PHOTO.height), (258, 3, 3, 0x8_0008_0008), (259, 3, 1, 1),
+           (262, 3, 1, 2), (273, 4, 1, 16), (277, 3, 1, 3), (278, 3, 1, PHOTO.height), (279, 4, 1, 3 * 80 * 60)]
+    packed = [struct.pack("<HHQ8s", *each) for each in entries] + [struct.pack("<HHQQ", *each) for each in own]
+    pixels = PHOTO.tobytes()
+    return (b"II+\0\x08\0\0\0" + struct.pack("<Q", 16 + len(pixels)) + pixels + struct.pack("<Q", len(packed))
+            + b"".join(sorted(packed, key=lambda each: struct.unpack_from("<H", each))) + bytes(8))
+
+
 EXIF = {  # what is expected, r for turned right and u for upright, and the data
     "in order": ("r", exif(TURN)),
     "big end first": ("r", b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
@@ -114,6 +124,7 @@ UPRIGHT = {
     "JPEG, several pictures nowhere": jpeg((0xe2, b"MPF\0" + exif((0xb001, 4, 1, b"\2\0\0\0"), (0xb002, 7, 32, FAR)))),
     "TIFF, a description nowhere": tiff((0x10e, 2, 400, FAR)), "TIFF, a maker nowhere": tiff((0x10f, 2, 400, FAR)),
     "TIFF, XMP in letters": tiff((700, 2, 4, b"abc\0")), "TIFF, XMP of a number": tiff((700, 3, 1, bytes(4))),
+    "BigTIFF": big_tiff(), "BigTIFF, a description nowhere": big_tiff((0x10e, 2, 400, struct.pack("<Q", 99_999))),
     "TIFF, EXIF nowhere": tiff((0x8769, 4, 1, FAR)), "TIFF, a profile nowhere": tiff((34675, 7, 400, FAR)),
 }
 TURNED = {
@@ -124,6 +135,7 @@ TURNED = {
     "JPEG, a profile cut off": jpeg((0xe1, b"Exif\0\0" + exif(TURN)), (0xe2, b"ICC_PROFILE\0"), keep_jfif=True),
     "JPEG, EXIF in two parts": jpeg((0xe1, b"Exif\0\0" + exif(TURN)[:15]), (0xe1, b"Exif\0\0" + exif(TURN)[15:])),
     "TIFF": tiff(TURN), "TIFF, a maker nowhere": tiff((0x10f, 2, 400, FAR), TURN),
+    "BigTIFF, a maker nowhere": big_tiff((0x10f, 2, 400, struct.pack("<Q", 99_999)), (0x112, 3, 1, b"\6")),
     "TIFF, compressed, a maker nowhere": tiff((0x10f, 2, 400, FAR), TURN, compression="tiff_lzw"),
 }
 CONTAINERS = {"JPEG": lambda data: jpeg((0xe1, b"Exif\0\0" + data)), "PNG": lambda data: png((b"eXIf", data)),
@@ -144,6 +156,13 @@ def test_metadata_never_cost_the_pixels(expected: str, file: bytes, tmp_path: Pa
     ways = {"u": PHOTO, "r": PHOTO.transpose(Image.Transpose.ROTATE_270)}
     off = {way: np.abs(pixels - read_image(picture)).mean() for way, picture in ways.items()}
     assert min(off, key=off.get) == expected and off[expected] < 6
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_long_text_behind_the_pixels_of_a_picture_that_was_opened(by_name: bool, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png((b"zTXt", b"Comment\0\0" + LONG), last=True))
+    with Image.open(tmp_path / "x.png" if by_name else io.BytesIO((tmp_path / "x.png").read_bytes())) as picture:
+        assert np.array_equal(read_image(picture), read_image(PHOTO))
 
 
 COLOURS = {  # three numbers a pixel are RGB or YCbCr, as JFIF's header says, then Adobe's, then the channels' names
