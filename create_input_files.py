@@ -14,7 +14,7 @@ captions_*.json, Flickr8k.token.txt and Flickr30k's results.csv are read as they
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -25,7 +25,7 @@ import numpy as np
 from datasets import read_word_map
 from preparing.folder import check_space, finish_killed_run, input_hash, is_done, whole_folder, write_json
 from preparing.layouts import read_layout
-from preparing.notes import about_left_out, about_pictures, about_words
+from preparing.notes import about_left_out, about_pictures, about_twice, about_words
 from preparing.pixels import write_images
 from preparing.tables import SPLITS, checked_tokens, naming_layout_errors
 from safety.checkpoints import SPECIAL_WORDS, load_checkpoint
@@ -111,6 +111,7 @@ def read_captions(data: Any, dataset: str, image_folder: Path, max_len: int,
     """The pictures that have captions, in the file's order; how often each word occurs in all captions; and what to
     say of those that are left out."""
     pictures, word_freq, other_splits, without, lengths, wrong = [], Counter(), Counter(), [], [], []
+    listed: defaultdict[Path, list[str | None]] = defaultdict(list)  # of each picture the splits; None: uncaptioned
     for index, image in enumerate(data["images"]):
         name = Path(image["filepath"], image["filename"]) if dataset == "coco" else Path(image["filename"])
         references = [checked_tokens(sentence["tokens"]) for sentence in image["sentences"]]
@@ -120,7 +121,9 @@ def read_captions(data: Any, dataset: str, image_folder: Path, max_len: int,
         captions = [words for words in references if len(words) <= max_len]
         if image["split"] not in SPLITS:
             other_splits[image["split"]] += 1
-        elif not references:
+            continue
+        listed[name].append(SPLITS[image["split"]] if references else None)
+        if not references:
             without.append(name)
         else:
             lengths.append([len(words) for words in references])
@@ -130,7 +133,8 @@ def read_captions(data: Any, dataset: str, image_folder: Path, max_len: int,
     if wrong:
         raise InputError(f"{source}: {len(wrong)} captions have no word, or hold something else: {', '.join(wrong[:5])}"
                          f"{', ...' if len(wrong) > 5 else ''}; {RULE}: mend these captions, or delete them")
-    return pictures, word_freq, about_left_out(other_splits, without, lengths, max_len)
+    without = [name for name in without if len(listed[name]) == 1]
+    return pictures, word_freq, [*about_left_out(other_splits, without, lengths, max_len), *about_twice(listed)]
 
 
 def choose_words(given: str | Path | None, word_freq: Counter[str],

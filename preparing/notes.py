@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from preparing.tables import SPLITS
+from safety.pictures import counted
 
 
 def about_left_out(other_splits: Counter[str], without: Sequence[Path], lengths: Sequence[Sequence[int]],
@@ -32,6 +33,20 @@ def about_left_out(other_splits: Counter[str], without: Sequence[Path], lengths:
         gone = sum(min(own) > max_len for own in lengths)
         notes.append(f"{gone} pictures, {len(longer)} of {len(every)} captions left out: longer than {max_len} words; "
                      f"--max_len {max(longer)} keeps all")
+    return notes
+
+
+def about_twice(listed: Mapping[Path, Sequence[str | None]]) -> list[str]:
+    """Of pictures that are there more than once; `listed` has each time the split, or None if it has no captions."""
+    twice = {path: sorted({*splits} - {None}) for path, splits in listed.items() if len(splits) > 1}
+    across = {path: splits for path, splits in twice.items() if len(splits) > 1}
+    notes = []
+    if across:
+        names = ", ".join(f"{path} ({', '.join(splits)})" for path, splits in [*across.items()][:5])
+        notes.append(f"warning: {len(across)} pictures are in several splits: {names}{', ...' * (len(across) > 5)}; keep "
+                     "each in one, or scores will be of pictures that were learnt")
+    if within := [path for path in twice if path not in across]:
+        notes.append(f"{counted(within, 'listed more than once')}; put all captions of a picture together")
     return notes
 
 

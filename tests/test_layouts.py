@@ -190,6 +190,17 @@ def test_cocos_two_files_are_two_splits_in_two_folders(tmp_path, year, capsys):
         (f"{part}/{YEARS[part].format(i)}", part[:-4]) for i, part in enumerate([parts[0]] * 2 + [parts[1]] * 2, 1)]
 
 
+def test_a_picture_that_coco_lists_twice_is_named(tmp_path, capsys):
+    sources = coco_release(tmp_path, "train2014", "val2014")
+    data = json.loads(sources[0].read_text())
+    write(sources[0], json.dumps({**data, "images": [*data["images"], data["images"][0]]}))
+    main(get_parser().parse_args(["--captions", *map(str, sources), "--output_folder", str(tmp_path / "out"),
+                                  "--workers", "1"]))
+    shown = capsys.readouterr().out
+    assert f"1 picture listed more than once: train2014/{YEARS['train2014'].format(1)}; put all captions" in shown
+    assert "TRAIN: 2 pictures, 2 captions" in shown and "without captions" not in shown
+
+
 @pytest.mark.parametrize(("names", "url"), [("train2014 val2014", False), ("train2017 val2017", True)])
 def test_coco_together_is_split_by_the_pictures_names_or_addresses(tmp_path, names, url):
     data = [json.loads(path.read_text()) for path in coco_release(tmp_path, *names.split(), url=url)]

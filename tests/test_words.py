@@ -180,6 +180,19 @@ def test_pictures_of_other_splits_and_without_captions_are_counted_and_named(tmp
     assert any(line.startswith("2 pictures left out: without captions (4.png, 5.png)") for line in lines)
 
 
+def test_pictures_that_are_there_twice_are_counted_and_named(tmp_path, capsys) -> None:
+    images = [image("0.png", "train", "a"), image("1.png", "val", "a"), image("2.png", "train", "a")]
+    again = [image("0.png", "test", "b"), image("0.png", "val", "b"), image("2.png", "train", "b"),
+             image("1.png", "train")]
+    lines = summary(capsys, tmp_path, images)
+    assert not [line for line in lines if "several splits" in line or "more than once" in line]
+    lines = summary(capsys, tmp_path, images + again)
+    assert ("warning: 1 pictures are in several splits: 0.png (TEST, TRAIN, VAL); keep each in one, or scores will be "
+            "of pictures that were learnt") in lines
+    assert "2 pictures listed more than once: 1.png, 2.png; put all captions of a picture together" in lines
+    assert not [line for line in lines if "without captions" in line]  # 1.png has some
+
+
 def test_repeated_and_unused_captions_are_counted(tmp_path, capsys) -> None:
     images = [image("0.png", "train", "a"), image("1.png", "train", "a", "b", "c"), image("2.png", "val", *"aaabbbc")]
     lines = summary(capsys, tmp_path, images, cpi=5)
