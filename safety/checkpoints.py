@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safety.errors import InputError, reason
 from safety.files import atomic_write
-from safety.old_checkpoints import by_name, from_tutorial, load_inert
+from safety.old_checkpoints import by_name, from_tutorial, load_inert, unwrapped
 
 CHECKPOINT_FORMAT = 1
 SPECIAL_WORDS = ("<start>", "<end>", "<pad>", "<unk>")
@@ -52,6 +52,7 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None, ma
         raise InputError(f"{path}: refused, this is no checkpoint that can be read whole and safely ({reason(error)}); "
                          "get the file again, or name another") from error
     _check_parts(state, path)
+    state |= {part: unwrapped(state[part]) for part in ("encoder", "decoder")}
     state["word_map"] = state["word_map"] or word_map
     _check_vocabulary(state, path)
     stripped = {"preprocessing": None, "scores": {}, "training": None}  # maybe, for publishing
@@ -72,7 +73,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         weights = {name: each for name, each in weights.items() if _is_whole(each)}
         if not weights:
             raise ValueError("there are no tensors in it")
-    except ImportError:
+    except (ImportError, InputError):
         raise
     except Exception as error:  # a file that is something else can fail in any way
         raise InputError(f"--encoder_weights {path}: not a state dict of a classifier ({reason(error)})") from error
@@ -81,15 +82,16 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
-        from safetensors.torch import load_file
+        from safetensors.torch import load
     except ImportError as error:
         raise ImportError(f"{path} is in the format of safetensors, whose package is not there: pip install "
                           "safetensors") from error
-    return load_file(path)
+    return load(Path(path).read_bytes())  # load_file would map it, which not all file systems can
 
 
 def _unpickle(path: str | Path, mapped: bool) -> Any:
     """What the file holds, by PyTorch's own list of harmless names, or else with stand-ins for all names."""
+    _refuse_others(path)
     if zipfile.is_zipfile(path):  # not so PyTorch's files of before 1.6
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
@@ -103,9 +105,29 @@ def _unpickle(path: str | Path, mapped: bool) -> Any:
                 return _unpickle(path, mapped=False)
             # It names something else: a fork's of the original tutorial, maybe, or no checkpoint.
     state = load_inert(path)
+    if not isinstance(state, dict):
+        raise ValueError("it holds no weights by name, but a list, a tuple or something else")
     scores = state["scores"].items() if isinstance(state.get("scores"), dict) else ()
     numbers = {name: score for name, score in scores if isinstance(score, int | float)}
     return {**state, "scores": numbers, "training": None}  # stand-ins are no scores, and cannot be resumed from
+
+
+def _refuse_others(path: str | Path) -> None:
+    """Names the files of other kinds that hold models too."""
+    kind = None
+    with open(path, "rb") as file:
+        beginning = file.read(9)
+    if beginning.startswith(b"\x89HDF"):
+        kind = "HDF5, as Keras's models and prepared pictures are; give a file that torch.save wrote"
+    elif beginning[8:] == b"{":
+        kind = "in the format of safetensors, weights alone; give them to train.py with --encoder_weights"
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                kind = ("TorchScript, a program, which is not run; if you trust it, "
+                        f"torch.save(torch.jit.load({str(path)!r}).state_dict(), FILE) takes the weights out")
+    if kind:
+        raise InputError(f"{path}: refused, this is {kind}")
 
 
 def _check_parts(state: Any, path: str | Path) -> None:
@@ -125,8 +147,8 @@ def _check_parts(state: Any, path: str | Path) -> None:
 
 def _is_whole(value: Any) -> bool:
     """Whether it is an ordinary tensor with all its numbers in memory: one number can pass for a trillion of them."""
-    return (type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu"
-            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+    return (type(value) is Tensor and not value.is_quantized and value.layout == torch.strided
+            and value.device.type == "cpu" and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
 
 
 def _check_vocabulary(state: dict[str, Any], path: str | Path) -> None:

@@ -12,6 +12,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import torch
@@ -43,9 +44,13 @@ class Inert:
 STORAGES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
             "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
             "Bool": torch.bool}
+# Of these nothing is read, but in the old container the next storage begins behind them: bytes for a number.
+OTHER_STORAGES = {"QInt8": 1, "QUInt8": 1, "QInt32": 4, "ComplexFloat": 8, "ComplexDouble": 16}
 # The only names that become anything else. None of these runs, imports or changes anything, whatever a pickle does.
 KNOWN: dict[str, Any] = {"collections.OrderedDict": dict,
-                         **{f"torch.{name}Storage": dtype for name, dtype in STORAGES.items()}}
+                         **{f"torch.{name}Storage": dtype for name, dtype in STORAGES.items()},
+                         **{f"torch.{name}Storage": SimpleNamespace(itemsize=size)
+                            for name, size in OTHER_STORAGES.items()}}
 # A bytearray would be made as long as the file claims, before what should be in it is looked for. The others take what
 # another part of the process has registered.
 REFUSED_OPCODES = (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4)
@@ -185,6 +190,14 @@ def by_name(nest: Any) -> dict[str, Any]:
                      for key in reversed(value) if type(key) is str and len(key) < LONGEST_NAME}
             waiting += [(f"{name}.{names[key]}".strip("."), value[key]) for key in names]
     return found
+
+
+def unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict without the wrappers that stand before all of its names."""
+    for wrapper in WRAPPERS * 2:  # each may be within the other
+        if all(type(name) is str and name.startswith(f"{wrapper}.") for name in weights):
+            weights = {name.removeprefix(f"{wrapper}."): each for name, each in weights.items()}
+    return weights
 
 
 def beside(found: dict[str, Any], known_by: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -135,6 +136,16 @@ def test_a_decoder_is_built_by_its_name(ours):
         restore(another, ours)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_of_ours_are_looked_through(prefix, tmp_path):
+    """As where somebody saved again what DataParallel or torch.compile had wrapped."""
+    wrapped = {part: {f"{prefix}{name}": each for name, each in our_state()[part].items()}
+               for part in ("encoder", "decoder")}
+    for part in wrapped:
+        save(tmp_path / "x.pth.tar", **{part: wrapped[part]})
+        assert same(load_checkpoint(tmp_path / "x.pth.tar"), {"format": 1, **our_state()})
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "deep" / "checkpoint.pth.tar"
     save_checkpoint(path, {"a": 1})
@@ -171,6 +182,9 @@ DAMAGES = {
     "a zip of no pickle": lambda path: write_zip(path, **{"a__data.pkl": b"hello", "a__version": b"3"}),
     "a newer format": lambda path: save_checkpoint(path, {**our_state(), "format": 2}),
     "a strange format": lambda path: save_checkpoint(path, {**our_state(), "format": "x"}),
+    "quantized": lambda path: save(path, decoder={name: torch.quantize_per_tensor(each, 0.1, 0, torch.qint8)
+                                                  for name, each in our_state()["decoder"].items()}),
+    "two modules": lambda path: torch.save((nn.ReLU(), nn.ReLU()), path),
     "too few words": lambda path: save(path, word_map={"<pad>": 0}),
     "no words but a number": lambda path: save(path, word_map=5),
     "no words but a tensor": lambda path: save(path, word_map=torch.zeros(2)),
@@ -369,6 +383,20 @@ def test_checkpoints_of_forks_load(fork, container, tmp_path):
     assert state["word_map"] == WORDS and state["training"] is None
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+@pytest.mark.parametrize("kind", ["qint8", "qint32", "complex64"])
+@BOTH_CONTAINERS
+def test_numbers_of_other_kinds_beside_the_weights_do_not_matter(kind, container, tutorials, tmp_path):
+    dtype = getattr(torch, kind)
+    other = torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, dtype) if kind[0] == "q" else torch.ones(3, dtype=dtype)
+    torch.save({"before": other, "encoder": tutorials.encoder, "decoder": tutorials.decoder, "behind": other},
+               tmp_path / "x.pth.tar", _use_new_zipfile_serialization=container == "zip")
+    state = load_checkpoint(tmp_path / "x.pth.tar", WORDS)
+    assert same(state["encoder"], dict(tutorials.encoder.state_dict()))
+    torch.save({"w": other, "v": torch.ones(2)}, tmp_path / "w.pt", _use_new_zipfile_serialization=container == "zip")
+    assert load_weights(tmp_path / "w.pt")["v"].tolist() == [1, 1]
+
+
 def test_a_fork_s_own_word_map_counts(tmp_path):
     own = {word: (index + 1) % len(WORDS) for word, index in WORDS.items()}
     torch.save({**states(*toys()), "word_map": own}, tmp_path / "x.pth.tar")
@@ -447,12 +475,43 @@ def test_a_file_without_whole_weights_is_named(content, tmp_path):
         load_weights(tmp_path / "w.pt")
 
 
+def torchscript(path):
+    torch.jit.script(nn.Sequential(nn.Linear(2, 2))).save(path)
+
+
+def keras(path):
+    with h5py.File(path, "w") as file:
+        file["model_weights/conv1"] = [1.0]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("write, words", [(torchscript, "TorchScript, a program, which is not run"),
+                                          (keras, "HDF5, as Keras's models")])
+def test_models_of_other_kinds_are_named(write, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("model")
+    with refused("model: refused, this is ", words):
+        load_checkpoint("model")
+    with refused("model: refused, this is ", words):
+        load_weights("model")
+    if write is torchscript:  # and the remedy works
+        torch.save(torch.jit.load("model").state_dict(), "weights.pt")
+        assert load_weights("weights.pt").keys() == {"0.weight", "0.bias"}
+
+
+def test_safetensors_as_a_checkpoint_are_named(tmp_path):
+    (tmp_path / "x").write_bytes(struct.pack("<Q", 2) + b"{}")
+    with refused("x: refused, this is in the format of safetensors", "--encoder_weights"):
+        load_checkpoint(tmp_path / "x")
+
+
 def test_safetensors_are_read_where_their_package_is(tmp_path, monkeypatch):
     """By their form, whatever the file is called. The package is feigned: it is no requirement."""
     header = json.dumps({"conv1.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
     path = tmp_path / "weights.bin"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
-    package = types.SimpleNamespace(load_file=lambda file: {"conv1.weight": torch.zeros(2, 3)} if file == path else {})
+    package = types.SimpleNamespace(
+        load=lambda data: {"conv1.weight": torch.zeros(2, 3)} if data == path.read_bytes() else {})  # without a map
     monkeypatch.setitem(sys.modules, "safetensors", types.SimpleNamespace(torch=package))
     monkeypatch.setitem(sys.modules, "safetensors.torch", package)
     assert same(load_weights(path), {"conv1.weight": torch.zeros(2, 3)})

@@ -35,6 +35,7 @@ import eval as evaluation
 import train
 from datasets import CaptionDataset, EpochSampler, Pictures, load_word_map, normalize
 from models import DECODERS, Annotations, DecoderWithAttention, Encoder, Losses
+from safety.checkpoints import load_checkpoint
 from safety.errors import InputError
 from safety.signals import Stopped
 from training.gaze import draw_sheet
@@ -753,6 +754,31 @@ def test_a_checkpoint_without_its_best_one_has_its_own_score_to_beat(prepared: P
     _, (said,) = check_resume(start, args, World(0, 1, torch.device("cpu")))
     assert "another number of processes than before (2)" in said
     assert (tmp_path / f"BEST_checkpoint_{prepared.name}.pth.tar").read_bytes() == alone.read_bytes()
+
+
+UNTOLD: dict[str, tuple[Any, str]] = {
+    "scores in a list": (lambda state: {"scores": [1.0]}, "scores"),
+    "a score in words": (lambda state: {"scores": {"bleu4": "high"}}, "scores"),
+    "no dict": (lambda state: {"training": [1]}, "stage, best_bleu4, log"),
+    "a stage in words": (lambda state: {"training": {**state["training"], "stage": "1"}}, "stage"),
+    "no sums": (lambda state: {"training": {**state["training"], "sums": 5}}, "sums"),
+    "no flags": (lambda state: {"training": {**state["training"], "args": None}}, "args"),
+    "a batch size alone": (lambda state: {"training": {
+        **state["training"], "args": {**state["training"]["args"], "batch_size": 80}}}, "batch_size"),
+    "a log of numbers": (lambda state: {"training": {**state["training"], "log": [1]}}, "row 1 of log"),
+    "a log without losses": (lambda state: {"training": {**state["training"], "log": [{"stage": 1}]}}, "row 1 of log")}
+
+
+@pytest.mark.parametrize("case", UNTOLD)
+def test_a_checkpoint_that_does_not_tell_of_its_run_is_named(prepared: Prepared, straight: Path, tmp_path: Path,
+                                                            command: Any, case: str) -> None:
+    """And it captions all the same."""
+    change, named = UNTOLD[case]
+    state, path = load(straight, prepared), tmp_path / f"checkpoint_{prepared.name}.pth.tar"
+    torch.save({**state, **change(state)}, path)
+    status, shown = command(train, *flags(prepared, tmp_path, "--checkpoint", "auto"))
+    assert (status, shown.count("\n")) == (1, 1) and shown.startswith(f"train.py: {path}: what it tells of {named}")
+    assert load_checkpoint(path)["word_map"] == state["word_map"]
 
 
 def test_other_flags_on_a_resume_are_said(prepared: Prepared, tmp_path: Path,

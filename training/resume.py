@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from numbers import Real
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -30,6 +31,12 @@ LOCK_SECONDS = 10  # to wait until another run leaves the folder
 FREE_TO_CHANGE = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "compile",
                   "stage", "print_freq", "epochs", "decoder", "encoder", "encoder_weights", "encoded_image_size",
                   "embeddings", "emb_dim", "attention_dim", "decoder_dim"}
+# What a resume reads of a checkpoint's `training`, of the `args` therein and of each row of its `log`.
+TOLD = {"stage": int, "best_bleu4": Real, "log": list, "epochs_since_improvement": int, "epoch": int, "step": int,
+        "sums": list, "seconds": Real, "optimizers": dict, "args": dict, "world_size": int}
+FLAGS = {"data_name": str, "freeze_embeddings": bool, "batch_size": list, "whole_images": bool, "seed": int,
+         "decoder_lr": list, "encoder_lr": Real}
+DRAWN = {"stage", "train_loss", "val_loss", "bleu4", "bleu4_teacher_forced"}
 
 
 class OutputFiles(NamedTuple):
@@ -113,7 +120,8 @@ def checkpoint_to_resume(args: argparse.Namespace, restarted: bool) -> str | Non
 def training_of(path: Path) -> dict[str, Any]:
     """What a checkpoint tells of its run: nothing, if it is damaged, which is said when it is resumed."""
     with suppress(InputError):
-        return load_checkpoint(path)["training"] or {}
+        training = load_checkpoint(path)["training"]
+        return training if isinstance(training, dict) else {}
     return {}
 
 
@@ -182,11 +190,29 @@ def resume_command(args: argparse.Namespace) -> str:
 def read_checkpoint(path: str | Path, word_map: dict[str, int], world: World) -> dict[str, Any]:
     """A checkpoint, read by rank 0 for all (other nodes need not see the file)."""
     state = broadcast(load_checkpoint(path, word_map, mapped=False) if world.rank == 0 else None, world)
+    check_told(state, path)
     if state["word_map"] != word_map:
         raise InputError(f"{path} was trained with {len(state['word_map'])} words, the data have {len(word_map)}, "
                          "or others in another order; prepare these data with its words by create_input_files.py "
                          f"--word_map {path}, or train on those that it was made for")
     return state
+
+
+def check_told(state: dict[str, Any], path: str | Path) -> None:
+    """Refuses to resume from a checkpoint that tells of its run otherwise than train.py does; captions need none of
+    that, so they do not ask."""
+    scores, training = state["scores"], state["training"]
+    wrong = [] if isinstance(scores, dict) and isinstance(scores.get("bleu4", 0.0), Real) else ["scores"]
+    if training is not None:
+        told = training if isinstance(training, dict) else {}
+        wrong += [name for name, kind in TOLD.items() if not isinstance(told.get(name), kind)]
+        if not wrong:
+            wrong += [name for name, kind in FLAGS.items() if not isinstance(told["args"].get(name), kind)]
+            wrong += [f"row {i} of log" for i, row in enumerate(told["log"], 1)
+                      if not isinstance(row, dict) or not DRAWN <= row.keys()]
+    if wrong:
+        raise InputError(f"{path}: what it tells of {', '.join(wrong)} is not what train.py writes; get the file "
+                         "again, or name another")
 
 
 def first_checkpoint(args: argparse.Namespace, word_map: dict[str, int], world: World, default: Callable[[str], Any],
@@ -261,8 +287,7 @@ def check_not_behind(progress: Progress, args: argparse.Namespace) -> None:
     """Refuses to go back in a run's own folder, where the next checkpoint would replace the newer one."""
     path, newest = output_files(args).checkpoint, vars(progress)
     if path.exists():
-        with suppress(InputError):  # a damaged one may be replaced
-            newest = load_checkpoint(path)["training"] or newest
+        newest = {**newest, **training_of(path)}  # a damaged one may be replaced
     here, furthest = ([each[name] for name in ("stage", "epoch", "step")] for each in (vars(progress), newest))
     if here < furthest and not (args.stage == "2" and newest["stage"] == 1):  # whose best stage 2 begins from
         raise InputError(f"{path} is further (stage {newest['stage']}, {newest['epoch']} epochs done) than "
