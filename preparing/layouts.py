@@ -85,7 +85,7 @@ def part_of(path: Path, image: dict[str, Any]) -> tuple[str, str | None]:
     """The folder in which COCO keeps a picture, and its split, by the name of the captions' file or else its own."""
     own = re.search(r"(?:^|/|COCO_)((train|val|test)(?:20\d\d)?)(?:/|(?<=20\d\d)_)",
                     f"{image['file_name']} {image.get('coco_url')}")
-    file = re.search(r"(?<![a-z])((train|val|test)(?:20\d\d)?)(?![a-z])", path.stem)
+    file = re.search(r"(?<![a-z])((train|val|test)(?:20\d\d)?)(?![a-z])", path.stem.lower())
     return (own or file or ["", ""])[1], (file or own or [None] * 3)[2]
 
 

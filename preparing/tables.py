@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from safety.errors import InputError, UsageError, reason
+from safety.vectors import CONTAINERS
 from safety.words import normal, words_in
 
 SPLITS = {"train": "TRAIN", "restval": "TRAIN", "val": "VAL", "test": "TEST"}
@@ -22,14 +23,19 @@ FLICKR8K_LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devIma
 FLICKR8K_STRAY = "2258277193_586949ec62.jpg.1"  # Flickr8k.token.txt has captions of it, and nobody has the picture
 TOKEN_LINE = re.compile(r"(?P<image>\S[^\t\r\n]*?)#\d+ *\t(?P<caption>.*)")
 NEW_LINE = re.compile(r"\r\n|\r|\n")
+EXCELS_SEPARATOR = re.compile(r'"?sep=."?\s*', re.IGNORECASE)  # what its tables may begin with
 LACKS_A_BAR = re.compile(r"^([^|]+\|\s*\d+)\s+(?=[^|]+$)")  # one line of Flickr30k's: `2199200615.jpg| 4   A dog runs`
 BY_SEED = "by a fixed seed, a tenth of the pictures each for VAL and TEST"
 KARPATHY = ("Karpathy's layout", "It is a dict with a list `images`, each with filename, split and sentences, each of "
             "those with tokens")
-# What other files look like at their beginning, and what to do with them.
+# Files that are no text, by how they begin, and what to do with them.
+BINARY = {**{begins: f"{kind}; unpack it" for begins, kind in CONTAINERS.items()},
+          b"PK\x03\x04": "a workbook, or another archive; save its table as CSV, or unpack it",
+          b"\xd0\xcf\x11\xe0": "a workbook of an older Excel; save its table as CSV",
+          b"PAR1": "Parquet; save its table as CSV, as pandas.read_parquet(FILE).to_csv(NEW_FILE) does"}
+# What other texts look like at their beginning, and what to do with them.
 RESEMBLES = {
     r"\{.*\}\s*\n\s*\{": "this is JSON lines; write a table instead",
-    r"PK\x03\x04": "this is a workbook, or another archive; save its table as CSV, or unpack it",
     r"(?i).*\bfile_name\b": "this looks like Hugging Face's metadata.csv; call its columns image and caption",
     r"(?i).*\burl\b": "this has addresses, and nothing is fetched; download the pictures, and name their files",
     r"\S+\.jpg\s+\S+\.jpg#\d": "these are Flickr8k's ratings of captions; give Flickr8k.token.txt",
@@ -77,14 +83,15 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file (--captions_csv)") from error
+    if kind := next((kind for begins, kind in BINARY.items() if data.startswith(begins)), None):
+        raise InputError(f"{path}: this is {kind}, and name that file")
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = len(NEW_LINE.findall(data[:error.start].decode("latin-1"))) + 1
-        hint = resemblance(data[:4].decode("latin-1")) or "; save it as UTF-8"
-        raise InputError(f"{path}, line {line}: not text in UTF-8, or UTF-16 with a byte order mark ({error.reason})"
-                         f"{hint}") from error
+        raise InputError(f"{path}, line {line}: not text in UTF-8, or UTF-16 with a byte order mark ({error.reason}); "
+                         "save it as UTF-8") from error
     if "\0" in text:
         line = len(NEW_LINE.findall(text[:text.index("\0")])) + 1
         raise InputError(f"{path}, line {line}: a zero byte, so this is UTF-16 without its byte order mark, or no "
@@ -113,6 +120,8 @@ def read_tokens(path: Path, text: str) -> list[tuple[str, dict[str, str]]]:
 def read_rows(path: Path, text: str) -> list[tuple[str, dict[str, str]]]:
     """A table's rows by the names of their columns, each with its place in the file, which is where it begins."""
     lines = io.StringIO(text, newline="").readlines()
+    if EXCELS_SEPARATOR.fullmatch(lines[0] if lines else ""):
+        lines[0] = "\n"  # the next line shows which it is
     header = next((line for line in lines if line.strip()), "")
     separator = next((each for each in SEPARATORS if {"image", "caption"} <= set(columns_of(header, each))), None)
     if separator is None:

@@ -1,8 +1,10 @@
 """What to say of pictures that are not there, that cannot be read, or that are no pictures any more."""
 from __future__ import annotations
 
+import sys
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +15,31 @@ from safety.errors import InputError
 def check_paths(paths: Sequence[Path], image_folder: Path, source: str) -> None:
     """All pictures must exist, and their names must stay in the folder, as a stranger's file may name any other that
     the user may read. Links are followed: what is in the folder its owner has put there."""
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if is_too_long(path) or not path.is_file()]
     if missing:
         names = ", ".join(f"{path}{there_instead(path)}" for path in missing[:5])
         raise InputError(f"{len(missing)} of {len(paths)} pictures are missing: {names}"
                          f"{', ...' if len(missing) > 5 else ''}. Looked under {image_folder}; say where they are with "
                          "--image_folder")
+    root, resolved = image_folder.resolve(), cache(Path.resolve)
     for path in paths:
         folder = image_folder.absolute() if path.is_absolute() else image_folder
         inside = path.is_relative_to(folder)
         if ".." in (path.relative_to(folder) if inside else path).parts:
             raise InputError(f"{path} leads to {path.resolve()} by way of '..'; names in {source} begin in "
                              f"--image_folder {image_folder} and stay there: write them without")
-        if not inside and not path.resolve().is_relative_to(image_folder.resolve()):
+        known = inside or path.resolve().is_relative_to(root) or any(resolved(each) == root for each in path.parents)
+        if not known:
             raise InputError(f"{path} leads to {path.resolve()}, outside {image_folder}; if that is meant, name a "
                              "folder that holds all pictures with --image_folder")
 
 
 def there_instead(path: Path) -> str:
     """What to say after the name of a missing picture: a link to nothing, or the same spelled otherwise."""
+    if is_too_long(path):
+        return " (longer than a file's name can be)"
+    if (encoding := sys.getfilesystemencoding()) != "utf-8" and not str(path).isascii():
+        return f" (names of files are taken to be in {encoding}; if they are in UTF-8, set PYTHONUTF8=1)"
     for link in (path, *path.parents):
         if link.is_symlink() and not link.exists():
             return f" ({link} is a link to {link.readlink()}, which is not there)"
@@ -47,6 +55,11 @@ def there_instead(path: Path) -> str:
         return ""
     same = unicodedata.normalize("NFC", str(path)) == unicodedata.normalize("NFC", str(found))
     return f" (there is {found}{', its accents in another form of Unicode' if same else ''}: name both alike)"
+
+
+def is_too_long(path: Path) -> bool:
+    """Whether no file can be called so; as where a caption stands in a name's place."""
+    return any(len(part.encode("utf-8", "replace")) > 255 for part in path.parts)
 
 
 def spelling(name: str) -> str:

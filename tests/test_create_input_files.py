@@ -566,6 +566,15 @@ def test_main_prints_counts_vocabulary_and_unknown_words(tmp_path, capsys):
     assert len(load((tmp_path / "out", base), "TRAIN_CAPLENS")) == 3
 
 
+@pytest.mark.parametrize("mark", ["sep=;\n", "sep=;\r\n", '"sep=;"\n', "SEP=;\n"])
+def test_a_table_may_begin_with_excels_separator(tmp_path, mark):
+    path = table(tmp_path, f"{mark}image;caption\n1.png;A dog, running\n")
+    [found] = from_text(path)["images"]
+    assert found["sentences"] == [{"tokens": ["a", "dog", "running"]}]
+    with refused("line 4: not 2 values"):
+        from_text(table(tmp_path, f"{mark}image;caption\n1.png;a\n2.png;b;c\n"))
+
+
 def test_main_reads_a_table(tmp_path):
     for i in range(10):
         draw(tmp_path / "pictures" / f"{i}.png", seed=i)

@@ -1,6 +1,7 @@
 """The layouts in which captions are published: known by their form, read to the same files, named when they are not."""
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -201,6 +202,14 @@ def test_a_picture_that_coco_lists_twice_is_named(tmp_path, capsys):
     assert "TRAIN: 2 pictures, 2 captions" in shown and "without captions" not in shown
 
 
+@pytest.mark.parametrize("stem", ["captions_TRAIN", "Captions_Train", "TRAIN2017"])
+def test_cocos_files_are_known_in_capitals_too(tmp_path, stem):
+    sources = [write(tmp_path / f"{stem}.json", json.dumps(coco_data("train"))),
+               write(tmp_path / "captions_VAL.json", json.dumps(coco_data("val")))]
+    images, said = splits_of(sources, tmp_path)
+    assert {split for _, split in images} == {"train", "val"} and "splits from the names of files" in said
+
+
 @pytest.mark.parametrize(("names", "url"), [("train2014 val2014", False), ("train2017 val2017", True)])
 def test_coco_together_is_split_by_the_pictures_names_or_addresses(tmp_path, names, url):
     data = [json.loads(path.read_text()) for path in coco_release(tmp_path, *names.split(), url=url)]
@@ -295,6 +304,9 @@ OTHERS: dict[str, tuple[str, str | bytes, list[str]]] = {
     "names": ("Flickr_8k.trainImages.txt", "1.jpg\n2.jpg\n", ["a list of names", "Flickr8k.token.txt"]),
     "a table without its first line": ("x.csv", "1.jpg,A dog\n", ["the first line names the columns image, caption"]),
     "a workbook": ("captions.xlsx", b"PK\x03\x04\x14\x00\x06\x00\xff\xfe\xff", ["workbook", "CSV"]),
+    "an old workbook": ("captions.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", ["older Excel", "save its table as CSV"]),
+    "Parquet": ("captions.parquet", b"PAR1\x15\x00PAR1", ["this is Parquet", "save its table as CSV"]),
+    "a packed table": ("captions.csv.gz", gzip.compress(b"image,caption\n"), ["compressed by gzip", "unpack it"]),
     "Latin-1": ("x.csv", b"image,caption\n1.jpg,a\r\n2.jpg,caf\xe9\n", ["x.csv, line 3", "UTF-8"]),
     "UTF-16 without a mark": ("x.csv", "image,caption\n1.jpg,a\n".encode("utf-16-le"), ["x.csv, line 1", "UTF-16"]),
     "a long line": ("x.csv", "x" * 200_000, ["columns image, caption"]),

@@ -2,6 +2,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -276,6 +280,43 @@ def test_a_name_from_the_root_is_refused_unless_the_folder_is_named(tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((30, 30), 90).save(elsewhere / "0.png")
     assert create_input_files("mine", folder / "set.json", "elsewhere", 1, 0, tmp_path / "second", workers=0)
+
+
+def test_a_name_from_the_root_may_go_by_another_link(tmp_path: Path) -> None:
+    """To the folder; and the pictures in it may be links themselves."""
+    from create_input_files import create_input_files
+    folder, alias = tmp_path / "set", tmp_path / "alias"
+    (folder / "sub").mkdir(parents=True)
+    alias.symlink_to(folder)
+    Image.effect_noise((30, 30), 90).save(tmp_path / "real.png")
+    (folder / "sub" / "0.png").symlink_to(tmp_path / "real.png")
+    for named, given in ((folder, alias), (alias, folder)):
+        (tmp_path / "set.json").write_text(json.dumps({"images": [image(str(named / "sub/0.png"), "train", "a")]}))
+        assert create_input_files("mine", tmp_path / "set.json", given, 1, 0, tmp_path / "out", workers=0,
+                                  overwrite=True)
+    with refused(f"outside {folder / 'sub' / 'other'}"):
+        create_input_files("mine", tmp_path / "set.json", folder / "sub" / "other", 1, 0, tmp_path / "out")
+
+
+def test_a_caption_in_a_names_place_is_a_missing_picture(tmp_path: Path) -> None:
+    source = write_set(tmp_path, [image("0.png", "train", "a")])
+    source.write_text(json.dumps({"images": [image("a dog " * 50, "train", "a")]}))
+    with refused("1 of 1 pictures are missing", "(longer than a file's name can be)", "--image_folder"):
+        prepare(source)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are in Unicode")
+def test_where_names_are_not_in_utf8_the_remedy_is_named_and_works(tmp_path: Path) -> None:
+    Image.effect_noise((30, 30), 90).save(tmp_path / "caf\u00e9.png")
+    (tmp_path / "x.csv").write_text("image,caption\ncaf\u00e9.png,a\n", encoding="utf-8")
+    command = [sys.executable, "create_input_files.py", "--dataset", "x", "--captions", tmp_path / "x.csv", "--workers",
+               "1", "--output_folder", tmp_path / "out"]
+    locale = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=locale, capture_output=True, text=True)
+    assert done.returncode == 1 and "caf\\u00e9.png (names of files are taken to be in ascii; if " in done.stderr
+    [variable] = re.findall(r"set (\w+=1)", done.stderr)
+    locale |= [variable.split("=")]
+    assert subprocess.run(command, cwd=Path(__file__).parent.parent, env=locale, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize(("there", "named", "told"), [
