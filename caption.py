@@ -71,6 +71,8 @@ class Search(NamedTuple):
         check_counts(beam_size=self.beam_size, max_len=self.max_len, n_best=self.n_best)
         if not isinstance(self.length_penalty, Real) or not 0 <= self.length_penalty <= 2:
             raise UsageError("length_penalty: a number from 0 to 2")
+        if not isinstance(self.forbidden, Collection):
+            raise UsageError(f"forbidden={self.forbidden}: words, as (\"<unk>\", \"dog\"); () forbids none")
         if self.n_best > self.beam_size:
             raise UsageError(f"--n_best {self.n_best}: a beam of {self.beam_size} finds no more than that; widen it "
                              "with --beam_size")
@@ -91,7 +93,7 @@ class Search(NamedTuple):
 def check_counts(**values: int) -> None:
     """Refuses what is no number of things, by the name of its setting."""
     for name, value in values.items():
-        if not isinstance(value, Integral) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise UsageError(f"{name}={value if isinstance(value, Real) else type(value).__name__}: a whole number of "
                              "1 or more")
 
@@ -256,6 +258,10 @@ def caption_images(model: Captioner, images: AnyPicture | Iterable[AnyPicture], 
         InputError: a picture cannot be read or is none, or a setting makes no sense.
     """
     check_counts(batch_size=batch_size)
+    if isinstance(model, (str, Path)):
+        raise UsageError(f"{model}: a file's name, and no model yet; give load({str(model)!r})")
+    if not isinstance(search, Search):
+        raise UsageError(f"search={search!r:.50}: no Search; leave it out, or give Search(beam_size=5)")
     search, images = search._replace(**settings).checked(), as_list(images)
     found: list[list[Caption] | InputError] = []
     for i in range(0, len(images), batch_size):
@@ -358,6 +364,8 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         path, rest = Path(pattern), ""
+        if not pattern.strip():  # as of a variable of the shell that is not set; Path takes it for this folder
+            raise InputError("--img: an empty name; name pictures, or . for this folder's")
         if path.is_file():
             paths = [path]
         elif path.is_dir():

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from glob import glob
 
 RANGES = {"[]": "from {low:g} to {high:g}", "[)": "from {low:g} to below {high:g}",
           "(]": "above {low:g}, up to {high:g}", "()": "above {low:g} and below {high:g}",
@@ -60,8 +61,8 @@ def misread(arguments: Sequence[str], parser: argparse.ArgumentParser) -> str | 
         name = word.partition("=")[2] if word.startswith("--") else word
         if re.match(r"\w\w+://", name):
             return f"{name}: addresses are not fetched; save what is there, and name the file"
-        # -iphoto.jpg may mean photo.jpg.
-        like_a_file = re.fullmatch(r"-[^-.\d].*\.\w+", word) and not os.path.lexists(word[2:])
+        # -iphoto.jpg may mean photo.jpg, and -i'*.jpg' all that are there.
+        like_a_file = re.fullmatch(r"-[^-.\d].*\.\w+", word) and not (os.path.lexists(word[2:]) or glob(word[2:]))
         if (word.startswith("-") and word.split("=")[0] not in parser._option_string_actions
                 and (os.path.lexists(word) or like_a_file)):
             return f"{word}: a file whose name begins with - needs ./ before it: ./{word}"

@@ -252,13 +252,22 @@ def test_an_array_of_another_shape_is_not_printed(shape, model):
     ({"length_penalty": "1"}, "length_penalty: a number from 0 to 2"),
     ({"length_penalty": 1, "consensus": True}, "--length_penalty and --consensus are two ways"),
     ({"forbidden": ["red", "grene", 7]}, "forbidden 'grene', 7: not among the model's"),
-    ({"forbidden": "grene"}, "forbidden 'grene': not among the model's")])
+    ({"forbidden": "grene"}, "forbidden 'grene': not among the model's"),
+    ({"forbidden": None}, "forbidden=None: words, as"), ({"beam_size": True}, "beam_size=True: a whole number")])
 def test_settings_are_checked_as_flags_are(settings, message, model, pictures):
     with refused(message):
         caption_images(model.captioner, pictures[:1], SEARCH, **settings)
     with refused(message):
         features = torch.zeros(1, 3, 3, model.encoder.encoder_dim)
         caption.beam_search(model.decoder, features, model.words, SEARCH._replace(**settings))
+
+
+def test_a_search_is_one_and_a_model_no_file(model, pictures):
+    for search in (None, 5, {"beam_size": 5}):
+        with refused("no Search; leave it out, or give Search(beam_size=5)"):
+            caption_images(model.captioner, pictures, search)
+    with refused("x.pth.tar: a file's name, and no model yet; give load('x.pth.tar')"):
+        caption_images("x.pth.tar", pictures)
 
 
 def test_a_batch_is_of_one_picture_at_least(model, pictures):

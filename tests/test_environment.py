@@ -543,7 +543,18 @@ def test_with_its_folder_it_is_a_name(command: Any, model: Path) -> None:
         assert command(caption, *flag, *rest, "-b", 3) == (0, "")
         [found] = json.loads(Path("-results.json").read_text())
         assert Path(found["image"]) == Path("-mountain.jpg")
-    assert command(caption, "-iphoto.jpg", *rest, "-b3") == (0, "")
+    for flag in ("-iphoto.jpg", "-ip*.jpg"):
+        assert command(caption, flag, *rest, "-b3") == (0, "")
+        assert [each["image"] for each in json.loads(Path("-results.json").read_text())] == ["photo.jpg"]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_this_folder(name: str) -> None:
+    """As of a variable of the shell that is not set."""
+    with refused("--img: an empty name", ". for this folder's"):
+        caption.find_pictures([name])
+    assert len(caption.find_pictures(["."])) == 2
 
 
 @pytest.mark.parametrize(("script", "arguments", "name"), [
