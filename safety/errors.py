@@ -111,15 +111,14 @@ def make_everything_printable() -> list[OSError]:
         elif isinstance(stream, io.TextIOWrapper):  # a notebook's is none, and UTF-8
             stream.reconfigure(errors="json")
             for method in ("write", "flush"):
-                setattr(stream, method, partial(print_or_lose, stream, getattr(stream, method),
-                                                lost if name == "stdout" else []))
+                setattr(stream, method, partial(print_or_lose, stream, method, lost if name == "stdout" else []))
     return lost
 
 
-def print_or_lose(stream: io.TextIOWrapper, method: Callable[..., Any], lost: list[OSError], *args: Any) -> Any:
-    """Calls a stream's `write` or `flush`. A reader that ends, such as `head`, still ends the command."""
+def print_or_lose(stream: io.TextIOWrapper, method: str, lost: list[OSError], *args: Any) -> Any:
+    """Calls a stream's own `write` or `flush`. A reader that ends, such as `head`, still ends the command."""
     try:
-        return method(*args)
+        return getattr(type(stream), method)(stream, *args)  # not the attribute, which this function stands for
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
