@@ -365,7 +365,7 @@ def doubly_stochastic(alphas: Tensor) -> Tensor:
 
 def alpha_entropy(alphas: Tensor) -> Tensor:
     """How widely attention is spread (N, T, P) -> (N, T): 0 where all is on one region, ln P where it is even."""
-    return -torch.xlogy(alphas, alphas).sum(dim=2)
+    return -(alphas * alphas.clamp(min=1e-12).log()).sum(dim=2)  # the gradient of 0 log 0 would be infinite
 
 
 def hard_attention_loss(decoded: Decoded, cross_entropy: Tensor, baseline: Tensor) -> Tensor:

@@ -119,6 +119,8 @@ def test_half_of_the_pictures_are_looked_at_softly(monkeypatch: pytest.MonkeyPat
 def test_entropy_is_that_of_the_weights() -> None:
     alphas = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0, 0, 0, 0]]])
     torch.testing.assert_close(alpha_entropy(alphas), torch.tensor([[math.log(4), 0.0, 0.0]]))
+    (grad,) = torch.autograd.grad(alpha_entropy(alphas.requires_grad_()).sum(), alphas)
+    assert grad.isfinite().all()
     decoder, features = decoder_and_features("soft")
     with torch.no_grad():
         decoded = teacher_forced(decoder.eval(), features, CAPTIONS, LENGTHS)
