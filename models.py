@@ -1,4 +1,4 @@
-"""The model of "Show, Attend and Tell" (Xu et al. 2015, arXiv 1502.03044) with soft attention.
+"""The model of "Show, Attend and Tell" (Xu et al. 2015, arXiv 1502.03044), with soft or hard attention.
 
 Read from top to bottom: Encoder (a picture to a grid of features), Attention (where to look), DecoderWithAttention
 (one decoding step), `teacher_forced` (all steps of the training captions) and the losses. Below the line stand the
@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+LAMBDA_E = 0.01     # weight of the gaze's entropy in hard attention: without it, soon always the same region is drawn
 
 
 class Encoder(nn.Module):
@@ -117,7 +119,11 @@ class Attention(nn.Module):
             keys = pooling @ keys                                               # (N, P, A)
         return Annotations(features.to(keys.dtype), keys, pooling)
 
-    def forward(self, annotations: Annotations, decoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def begin(self, n: int) -> tuple[Tensor, ...]:
+        """What the decoder's state has to hold of the gaze of n pictures: nothing."""
+        return ()
+
+    def forward(self, annotations: Annotations, decoder_hidden: Tensor) -> tuple[Tensor, ...]:
         """The weighted features and the weights.
 
         Args:
@@ -127,15 +133,68 @@ class Attention(nn.Module):
         Returns:
             The context (R, C) and the weights alpha (R, P), which sum to 1 over the regions.
         """
-        features, keys, pooling = annotations
+        alpha = self.weigh(annotations, decoder_hidden)                         # (R, P)
+        return self.look(annotations, alpha), alpha                             # (R, C), equation 13
+
+    def weigh(self, annotations: Annotations, decoder_hidden: Tensor) -> Tensor:
+        """The weights alpha (R, P)."""
+        keys = annotations.keys
         queries = self.decoder_att(decoder_hidden).unflatten(0, (len(keys), -1))  # (N, K, A)
         hidden = (keys.unsqueeze(1) + queries.unsqueeze(2)).relu_()             # (N, K, P, A)
-        alpha = self.full_att(hidden).squeeze(3).softmax(dim=2)                 # (N, K, P), equations 4 and 5
-        weights = alpha.to(features.dtype)
+        return self.full_att(hidden).squeeze(3).softmax(dim=2).flatten(0, 1)    # (R, P), equations 4 and 5
+
+    def look(self, annotations: Annotations, weights: Tensor) -> Tensor:
+        """The features with weights (R, P), summed over the regions: (R, C)."""
+        features, _, pooling = annotations
+        weights = weights.to(features.dtype).unflatten(0, (len(features), -1))  # (N, K, P)
         if pooling is not None:  # alpha (pooling a) = (alpha pooling) a: weights of the encoder's own regions
             weights = weights @ pooling                                         # (N, K, S)
-        context = weights @ features                                            # (N, K, C), equation 13
-        return context.flatten(0, 1), alpha.flatten(0, 1)
+        return (weights @ features).flatten(0, 1)                               # (R, C)
+
+
+class HardAttention(Attention):
+    """Hard attention: for each word one region s, drawn with the probabilities alpha (section 4.1).
+
+    Nothing can be derived by which region was drawn, so `hard_attention_loss` below teaches it. In training half of the
+    pictures are looked at softly all the same, and captions are found with the expected context, which is soft too.
+    """
+
+    def __init__(self, encoder_dim: int, decoder_dim: int, attention_dim: int) -> None:
+        super().__init__(encoder_dim, decoder_dim, attention_dim)
+        self.register_buffer("baseline", torch.zeros(()))  # b, the usual cross entropy of a word
+
+    def begin(self, n: int) -> tuple[Tensor, ...]:
+        """In training, for each picture whether it is looked at hard, and log alpha of the region last drawn."""
+        if not self.training:
+            return ()
+        return torch.rand(n, device=self.baseline.device) < 0.5, self.baseline.new_zeros(n)
+
+    def forward(self, annotations: Annotations, decoder_hidden: Tensor, *gaze: Tensor) -> tuple[Tensor, ...]:
+        """Context (R, C), alpha (R, P), and what `begin` began, brought up to date."""
+        alpha = self.weigh(annotations, decoder_hidden)                         # (R, P)
+        if not gaze:
+            return self.look(annotations, alpha), alpha
+        hard, _ = gaze                                                          # (R,)
+        place = torch.multinomial(alpha.detach().float(), 1)                    # (R, 1), equation 8
+        weights = torch.where(hard.unsqueeze(1), torch.zeros_like(alpha).scatter(1, place, 1), alpha)
+        log_place = alpha.gather(1, place).squeeze(1).float().log() * hard      # (R,)
+        return self.look(annotations, weights), alpha, hard, log_place
+
+    def move_baseline(self, cross_entropy: Tensor) -> None:
+        """After each step, towards the cross entropy of a word in it."""
+        self.baseline.lerp_(cross_entropy.to(self.baseline.dtype), 0.1)
+
+
+class MeanAttention(Attention):
+    """No attention, to see what it is worth: every region weighs the same, whatever was said."""
+
+    def __init__(self, encoder_dim: int, decoder_dim: int, attention_dim: int) -> None:
+        super().__init__(encoder_dim, decoder_dim, attention_dim)
+        self.requires_grad_(False)
+
+    def weigh(self, annotations: Annotations, decoder_hidden: Tensor) -> Tensor:
+        regions = annotations.keys.size(1)
+        return decoder_hidden.new_full((len(decoder_hidden), regions), 1 / regions)
 
 
 class DecoderWithAttention(nn.Module):
@@ -158,7 +217,7 @@ class DecoderWithAttention(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.map_size = map_size
-        self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
+        self.attention = Attention(encoder_dim, decoder_dim, attention_dim)     # `build` may put another kind here
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.dropout = nn.Dropout(dropout)
         self.decode_step = nn.LSTMCell(embed_dim + encoder_dim, decoder_dim)  # a cell: the next input depends on h
@@ -191,7 +250,8 @@ class DecoderWithAttention(nn.Module):
         """Before the first word: features (N, h, w, C) or (N, P, C) to annotations and the state h and c (N, D)."""
         pooling = pooling_matrix(encoder_out, self.map_size) if self.map_size else None  # (P, S)
         annotations = self.attention.annotate(encoder_out.flatten(1, -2), pooling)
-        return annotations, self.init_hidden_state(annotations.mean().unsqueeze(1))     # the mean as a map of 1 region
+        state = self.init_hidden_state(annotations.mean().unsqueeze(1))                 # the mean as a map of 1 region
+        return annotations, (*state, *self.attention.begin(len(encoder_out)))
 
     def step(self, words: Tensor, annotations: Annotations,
              state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -199,17 +259,17 @@ class DecoderWithAttention(nn.Module):
 
         Args:
             words: (R,) ids of the last words.
-            state: h and c, (R, D).
+            state: h and c, (R, D), and what attention may have to remember.
 
         Returns:
             The output (R, D), of which `fc` makes the scores of the next words; alpha (R, P); the new state.
         """
-        h, c = state
-        context, alpha = self.attention(annotations, h)                         # (R, C), (R, P)
+        h, c, *gaze = state
+        context, alpha, *gaze = self.attention(annotations, h, *gaze)           # (R, C), (R, P)
         context = torch.sigmoid(self.f_beta(h)) * context                       # which of it this word needs, 4.2.1
         inputs = torch.cat([self.embedding(words), context], dim=1)             # (R, E + C)
         h, c = self.decode_step(inputs, (h, c))                                 # equations 1 to 3
-        return self.dropout(h), alpha, (h, c)
+        return self.dropout(h), alpha, (h, c, *gaze)
 
     def forward(self, encoder_out: Tensor, encoded_captions: Tensor, caption_lengths: Tensor,
                 sampling: float = 0.0) -> tuple[Tensor, Tensor, list[int], Tensor, Tensor]:
@@ -225,7 +285,7 @@ class DecoderWithAttention(nn.Module):
             Scores (N, T, V), captions (N, L), decode lengths, alphas (N, T, P) and the order (N,): all sorted by
             decreasing length, by that order; zero where a caption has ended.
         """
-        scores, *others = teacher_forced(self, encoder_out, encoded_captions, caption_lengths, sampling)
+        scores, *others, _ = teacher_forced(self, encoder_out, encoded_captions, caption_lengths, sampling)
         return pad_packed_sequence(scores, batch_first=True)[0], *others
 
 
@@ -237,6 +297,7 @@ class Decoded(NamedTuple):
     decode_lengths: list[int]   # words to predict of each caption: all but <start>
     alphas: Tensor              # (N, T, P), zero where a caption has ended
     order: Tensor               # (N,), the place of each before the sorting; on the CPU
+    log_places: Tensor | None = None    # (words,), hard attention in training: log alpha of the region drawn, packed
 
 
 def teacher_forced(decoder: nn.Module, encoder_out: Tensor, captions: Tensor, caption_lengths: Tensor,
@@ -262,7 +323,8 @@ def teacher_forced(decoder: nn.Module, encoder_out: Tensor, captions: Tensor, ca
 
     # Packed, the captions [a b c], [d e] become data a d b e c in batches of 2, 2 and 1: one for each step.
     inputs = pack_padded_sequence(captions, decode_lengths, batch_first=True)
-    outputs, alphas = [], []
+    outputs, alphas, log_places = [], [], []
+    hard = decoder.training and isinstance(getattr(decoder, "attention", None), HardAttention)
     for words in inputs.data.split(inputs.batch_sizes.tolist()):                # (n,), n captions have not ended
         n = len(words)
         if n < len(state[0]):
@@ -273,9 +335,11 @@ def teacher_forced(decoder: nn.Module, encoder_out: Tensor, captions: Tensor, ca
         output, alpha, state = decoder.step(words, annotations, state)
         outputs.append(output)
         alphas.append(alpha)
+        if hard:
+            log_places.append(state[-1])                                        # (n,)
 
     scores = inputs._replace(data=decoder.fc(torch.cat(outputs)))               # (words, V), once for all steps
-    return Decoded(scores, captions, decode_lengths, padded(alphas), order)
+    return Decoded(scores, captions, decode_lengths, padded(alphas), order, torch.cat(log_places) if hard else None)
 
 
 def padded(steps: list[Tensor]) -> Tensor:
@@ -299,6 +363,31 @@ def doubly_stochastic(alphas: Tensor) -> Tensor:
     return ((1 - alphas.sum(dim=1)) ** 2).mean(dim=1)
 
 
+def alpha_entropy(alphas: Tensor) -> Tensor:
+    """How widely attention is spread (N, T, P) -> (N, T): 0 where all is on one region, ln P where it is even."""
+    return -(alphas * alphas.clamp(min=1e-12).log()).sum(dim=2)  # the gradient of 0 log 0 would be infinite
+
+
+def hard_attention_loss(decoded: Decoded, cross_entropy: Tensor, baseline: Tensor) -> Tensor:
+    """What teaches hard attention where to look: 0, with the gradient that the paper derives in section 4.1.
+
+    A caption's expected cost is the sum over all ways s to look of p(s) cost(s). As the gradient of p is p times that
+    of log p, the gradient of the sum is the mean, over ways drawn, of that of cost(s) and cost(s) times that of
+    log p(s): a way that costs more than usual becomes less probable. That part is here. The `baseline` says what is
+    usual; it changes nothing on average, as the gradients of log p(s) do not, but much of the noise.
+
+    Args:
+        cross_entropy: (words,), of each word, packed.
+        baseline: (), the usual cross entropy of a word.
+    """
+    def by_caption(values: Tensor) -> Tensor:
+        return pad_packed_sequence(decoded.scores._replace(data=values), batch_first=True)[0].sum(dim=1)    # (N,)
+
+    cost = by_caption(cross_entropy.detach() - baseline)                        # (N,)
+    loss = (cost * by_caption(decoded.log_places)).sum() - LAMBDA_E * alpha_entropy(decoded.alphas.float()).sum()
+    return loss - loss.detach()
+
+
 class Losses(NamedTuple):
     """The parts of the loss and their counts: sums, so that they add up over batches and processes."""
 
@@ -307,27 +396,34 @@ class Losses(NamedTuple):
     top5: Tensor                # how many words were among the five most probable; 0 in training
     words: Tensor               # how many
     captions: Tensor            # how many
+    entropy: Tensor = 0.0       # of the attention, summed over the words; 0 in training
+    hard: Tensor = 0.0          # hard attention's own part, a gradient alone: its value is 0
 
     def mean(self, totals: Losses, alpha_c: float) -> Tensor:
         """This process's part of the loss (equation 14): its sums, divided by the counts of all processes (`totals`),
         so that the parts of all processes add up to the mean."""
-        return self.cross_entropy / totals.words + alpha_c * self.doubly_stochastic / totals.captions
+        words = (self.cross_entropy + self.hard) / totals.words
+        return words + alpha_c * self.doubly_stochastic / totals.captions
 
 
-def caption_losses(decoded: Decoded, label_smoothing: float = 0.0) -> Losses:
+def caption_losses(decoded: Decoded, label_smoothing: float = 0.0, baseline: Tensor | None = None) -> Losses:
     """The losses of what was predicted.
 
     Args:
         label_smoothing: share of the true word's probability that the target gives to all words alike.
+        baseline: see `hard_attention_loss`.
     """
-    scores = decoded.scores.data.float()                                        # (words, V)
+    scores, alphas = decoded.scores.data.float(), decoded.alphas.float()        # (words, V), (N, T, P)
     targets = pack_padded_sequence(decoded.captions[:, 1:], decoded.decode_lengths, batch_first=True).data  # (words,)
-    cross_entropy = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=label_smoothing)
-    top5 = scores.new_zeros(())
-    if not scores.requires_grad:  # nothing shows that of a training step
+    cross_entropy = F.cross_entropy(scores, targets, reduction="none", label_smoothing=label_smoothing)     # (words,)
+    top5 = entropy = hard = scores.new_zeros(())
+    if decoded.log_places is not None:
+        hard = hard_attention_loss(decoded, cross_entropy, baseline)
+    if not scores.requires_grad:  # nothing shows these of a training step
         top5 = (scores.topk(min(5, scores.size(1)), dim=1).indices == targets.unsqueeze(1)).sum().float()
+        entropy = alpha_entropy(alphas).sum()
     words, captions = scores.new_full((), len(targets)), scores.new_full((), len(decoded.captions))
-    return Losses(cross_entropy, doubly_stochastic(decoded.alphas.float()).sum(), top5, words, captions)
+    return Losses(cross_entropy.sum(), doubly_stochastic(alphas).sum(), top5, words, captions, entropy, hard)
 
 
 class Caption(NamedTuple):
@@ -470,9 +566,11 @@ def depthwise(layer: nn.Conv2d, features: Tensor) -> Tensor:
         return type(layer).forward(layer, features.float()).to(features.dtype)
 
 
-# By name: functions like `torchvision_layers`, and classes that are built with DecoderWithAttention's arguments.
+# By name: functions like `torchvision_layers`, classes that are built with DecoderWithAttention's arguments, and ones
+# like `Attention`.
 ENCODERS = dict.fromkeys(("efficientnet_lite0", "efficientnet_lite2"), efficientnet_lite_layers)
 DECODERS: dict[str, type[nn.Module]] = {"lstm": DecoderWithAttention}
+ATTENTIONS: dict[str, type[Attention]] = {"soft": Attention, "hard": HardAttention, "mean": MeanAttention}
 
 
 def build(model: dict[str, Any], weights: str | dict[str, Tensor] | None = None) -> tuple[Encoder, nn.Module]:
@@ -481,14 +579,18 @@ def build(model: dict[str, Any], weights: str | dict[str, Tensor] | None = None)
     Raises:
         OSError: the weights cannot be downloaded. ValueError: no such encoder or decoder.
     """
-    arguments = {"decoder": "lstm", **model}
-    size, encoder_name, name = (arguments.pop(key) for key in ("encoded_image_size", "encoder", "decoder"))
+    arguments = {"decoder": "lstm", "attention": "soft", **model}
+    size, encoder_name, name, kind = (
+        arguments.pop(key) for key in ("encoded_image_size", "encoder", "decoder", "attention"))
     if name not in DECODERS:
         raise ValueError(f"there is no decoder {name!r}, only {', '.join(DECODERS)}; add others to models.DECODERS")
     if size > 256:
         raise ValueError(f"a map of {size} pixels is larger than the picture")
     encoder = Encoder(size, encoder_name, weights)
-    return encoder, DECODERS[name](**{"encoder_dim": encoder.encoder_dim, "map_size": size, **arguments})
+    decoder = DECODERS[name](**{"encoder_dim": encoder.encoder_dim, "map_size": size, **arguments})
+    if kind != "soft":
+        decoder.attention = ATTENTIONS[kind](encoder.encoder_dim, model["decoder_dim"], model["attention_dim"])
+    return encoder, decoder
 
 
 def restore(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[Encoder, nn.Module]:

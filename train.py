@@ -38,7 +38,18 @@ import datasets
 from caption import Captioner, Search, beam_search
 from datasets import CaptionDataset, EpochSampler, Pictures, augment, encode, image_loader, loader_options
 from eval import bleu
-from models import DECODERS, Decoded, Losses, build, caption_losses, restore, teacher_forced
+from models import (
+    ATTENTIONS,
+    DECODERS,
+    Decoded,
+    DecoderWithAttention,
+    HardAttention,
+    Losses,
+    build,
+    caption_losses,
+    restore,
+    teacher_forced,
+)
 from safety.checkpoints import load_weights, save_checkpoint
 from safety.devices import cpu_advice
 from safety.errors import InputError, UsageError, printable, reason, run_script
@@ -124,7 +135,8 @@ class TeacherForcing(nn.Module):
         features = encode(self.encoder, self.decoder, images, device)           # (N, h, w, C)
         captions = captions.flatten(0, -2).to(device, non_blocking=True)        # (N, L) as it is, or (N * 5, L)
         decoded = teacher_forced(self.decoder, features, captions, lengths.view(-1, 1), sampling)
-        return caption_losses(decoded, label_smoothing)
+        attention = getattr(self.decoder, "attention", None)
+        return caption_losses(decoded, label_smoothing, getattr(attention, "baseline", None))
 
 
 def train_step(run: Run, training: Training, batch: tuple[Tensor, ...], sampling: float = 0.0,
@@ -157,6 +169,9 @@ def train_step(run: Run, training: Training, batch: tuple[Tensor, ...], sampling
     for optimizer in training.optimizers.values():
         training.scaler.step(optimizer)  # leaves the step out where a gradient is infinite or NaN
     training.scaler.update()
+    attention = getattr(training.captioner.decoder, "attention", None)
+    if isinstance(attention, HardAttention):
+        attention.move_baseline(sums[0] / sums[3])  # cross entropy, words
     return sums
 
 
@@ -237,9 +252,9 @@ def validate(model: Captioner, dataset: CaptionDataset, loader: DataLoader,
 
 def predicted_words(decoded: Decoded) -> list[list[int]]:
     """For each caption the most probable word after each true one, as ids; captions as they were before the sorting."""
-    scores, _, decode_lengths, _, order = decoded
-    words = pad_packed_sequence(scores._replace(data=scores.data.argmax(dim=1)), batch_first=True)[0].tolist()
-    return [words[i][:decode_lengths[i]] for i in order.argsort().tolist()]
+    predicted = decoded.scores._replace(data=decoded.scores.data.argmax(dim=1))
+    words = pad_packed_sequence(predicted, batch_first=True)[0].tolist()
+    return [words[i][:decoded.decode_lengths[i]] for i in decoded.order.argsort().tolist()]
 
 
 def teacher_forced_bleu(dataset: CaptionDataset, predicted: list[list[list[int]]], word_map: dict[str, int]) -> float:
@@ -260,7 +275,7 @@ def validate_epoch(run: Run, training: Training, loader: DataLoader) -> tuple[di
              for i in shown_pictures(run.val)]
     return {"val_loss": mean_loss(losses, run.args.alpha_c), "val_cross_entropy": losses.cross_entropy / losses.words,
             "val_doubly_stochastic": losses.doubly_stochastic / losses.captions,
-            "val_top5": 100 * losses.top5 / losses.words,
+            "val_top5": 100 * losses.top5 / losses.words, "alpha_entropy": losses.entropy / losses.words,
             "bleu4": broadcast(bleu(run.val_references, captions)[3] if run.world.rank == 0 else None, run.world),
             "bleu4_teacher_forced": bleu4_teacher_forced}, lines
 
@@ -288,6 +303,8 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
                f"{progress.epoch + 1}, batch {progress.step + 1}; best BLEU-4 so far "
                f"{max(progress.best_bleu4, 0):.2f}, {progress.epochs_since_improvement} epochs without a better one")
 
+    even = 2 * math.log(training.arguments["encoded_image_size"])  # ln P: the entropy of a gaze that is even
+
     while progress.epoch < epochs and progress.epochs_since_improvement < PATIENCE:
         row = train_epoch(run, training, loader, progress)
         began = time.monotonic()
@@ -305,7 +322,8 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
         run.print0("\n".join(examples))  # only now, with all in its files
         run.print0(f"stage {stage}, epoch {progress.epoch} of {epochs}: train loss {row['train_loss']:.3f}, val loss "
                    f"{row['val_loss']:.3f} ({row['val_cross_entropy']:.3f} words, {row['val_doubly_stochastic']:.3f} "
-                   f"attention), top-5 {row['val_top5']:.1f} %, BLEU-4 {row['bleu4']:.2f} generated "
+                   f"attention), top-5 {row['val_top5']:.1f} %, entropy {row['alpha_entropy']:.2f} of at most "
+                   f"{even:.2f}, BLEU-4 {row['bleu4']:.2f} generated "
                    f"({row['bleu4_teacher_forced']:.2f} teacher-forced), best {progress.best_bleu4:.2f}, "
                    f"{row['seconds']:.0f} s")
     why = "all its epochs are done" if progress.epoch >= epochs else f"no better BLEU-4 for {PATIENCE} epochs"
@@ -412,7 +430,7 @@ def new_models(run: Run) -> tuple[dict[str, Any], nn.Module, nn.Module]:
     arguments = {"encoder": args.encoder, "encoded_image_size": args.encoded_image_size, "decoder": args.decoder,
                  "attention_dim": args.attention_dim, "decoder_dim": args.decoder_dim, "dropout": args.dropout,
                  "embed_dim": args.emb_dim if embeddings is None else embeddings.size(1),
-                 "vocab_size": len(run.word_map)}
+                 "vocab_size": len(run.word_map), "attention": args.attention}
     try:
         encoder, decoder = build(arguments, encoder_weights(args, run.world))
     except (ValueError, RuntimeError) as error:
@@ -489,6 +507,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.decoder not in DECODERS:
         raise UsageError(f"--decoder {args.decoder}: there is {', '.join(DECODERS)}; CONTRIBUTING.md shows how to add "
                          "one")
+    if args.attention != "soft" and not issubclass(DECODERS[args.decoder], DecoderWithAttention):
+        raise UsageError(f"--attention {args.attention}: the decoder {args.decoder} is no DecoderWithAttention; leave "
+                         "the flag out")
     for name in ("epochs", "batch_size", "decoder_lr"):
         if len(getattr(args, name)) > 2:
             raise UsageError(f"--{name} takes one number for both stages, or two, one for each")
@@ -556,6 +577,9 @@ def add_more_flags(parser: argparse.ArgumentParser) -> None:
         help="the encoder's map is brought to N x N pixels (default: 14)")
     add("--decoder", default="lstm", metavar="NAME",
         help="lstm, or one that you add to models.DECODERS (default: lstm)")
+    add("--attention", choices=tuple(ATTENTIONS), default="soft",
+        help="soft: the weighted mean of all regions; hard: one region, drawn for each word; mean: none, all regions "
+        "weigh the same (default: soft)")
     add("--embeddings", metavar="FILE", help="pretrained word vectors in GloVe's text format; sets --emb_dim")
     add("--freeze_embeddings", action="store_true", help="leave the pretrained word vectors as they are")
     add = parser.add_argument_group("training").add_argument

@@ -5,6 +5,7 @@
 
 Everything goes into demo/output. Each step is the command that you would type for your own data. At the end two
 questions that a table of scores leaves open: does the model use the pictures at all, and does it look at what it names?
+The answers are also in demo/output/examination.json.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from demo.shapes import draw_data_set, shape_of  # noqa: E402
 from eval import bleu  # noqa: E402
 from models import Caption  # noqa: E402
 from safety.errors import InputError, run_script  # noqa: E402
+from safety.files import atomic_write  # noqa: E402
 
 NAME = "shapes_5_cap_per_img_0_min_word_freq"
 # A small model for a small language, and higher learning rates than the defaults, to be done in minutes.
@@ -58,27 +61,48 @@ def call(script: str, *arguments: object) -> None:
         raise InputError(f"{script} ended with status {status}; what it said stands above")
 
 
-def looks(caption: Caption, objects: Sequence[dict]) -> list[tuple[bool, float]]:
-    """For each shape that the caption names and the scene holds: did the highest attention fall on it, and the chance.
+class Look(NamedTuple):
+    """Where the model looked while it named a shape, or a colour, that the scene holds."""
 
-    A pixel of the map stands for a cell of the picture, 32 pixels wide here; it is on an object if it touches its box.
+    on_it: bool             # did the highest weight fall on it?
+    by_chance: float        # its part of the picture
+    share: float | None     # its part of the weight on all shapes; None where there is no other kind of them
+    area: float | None      # its part of their area
+
+
+def looks(caption: Caption, objects: Sequence[dict], what: str = "shape") -> list[Look]:
+    """For each shape, or color, that the caption names and the scene holds.
+
+    A pixel of the map stands for a cell of the picture; it is on an object if it touches its box.
     """
     n = caption.alphas.shape[1]                                                 # of (words, n, n)
     starts, ends = np.arange(n) * 256 / n, np.arange(1, n + 1) * 256 / n
-    found = []
+    cells = [np.outer((starts < bottom) & (ends > top), (starts < right) & (ends > left))
+             for left, top, right, bottom in (each["box"] for each in objects)]
+    on_any, found = np.any(cells, axis=0), []                                   # (n, n)
     for word, alpha in zip(caption.words, caption.alphas, strict=True):
-        boxes = [each["box"] for each in objects if each["shape"] == shape_of(word)]
-        if not boxes:
+        name = shape_of(word) if what == "shape" else word
+        named = [cell for cell, each in zip(cells, objects, strict=True) if each[what] == name]
+        if not named:
             continue
-        inside = np.zeros((n, n), dtype=bool)
-        for left, top, right, bottom in boxes:
-            inside |= np.outer((starts < bottom) & (ends > top), (starts < right) & (ends > left))
-        found.append((bool(inside.flatten()[alpha.argmax()]), float(inside.mean())))
+        on_it = np.any(named, axis=0)                                           # (n, n)
+        alone = on_it.sum() == on_any.sum()
+        found.append(Look(bool(on_it.flat[alpha.argmax()]), float(on_it.mean()),
+                          None if alone else float(alpha[on_it].sum() / max(alpha[on_any].sum(), 1e-12)),
+                          None if alone else float(on_it.sum() / on_any.sum())))
     return found
 
 
+def in_per_cent(looked: Sequence[Look], prefix: str) -> dict[str, float]:
+    """The means of what `looks` found, by names for examination.json."""
+    beside = [each for each in looked if each.share is not None]
+    means = {"on_object": [each.on_it for each in looked], "by_chance": [each.by_chance for each in looked],
+             "on_named": [each.share for each in beside], "on_named_by_chance": [each.area for each in beside]}
+    return {prefix + name: 100 * float(np.mean(values)) if values else 0.0 for name, values in means.items()}
+
+
 def examine(folder: Path) -> dict[str, float]:
-    """BLEU-4 on the test scenes, and with the captions of other ones; and where it looked."""
+    """BLEU-4 on the test scenes, and with the captions of other ones; and where it looked. All in per cent."""
     model = load(folder / f"BEST_checkpoint_{NAME}.pth.tar", device="cpu")
     data = json.loads((folder / "shapes" / "dataset_shapes.json").read_text())["images"]
     boxes = json.loads((folder / "shapes" / "boxes.json").read_text())
@@ -90,10 +114,10 @@ def examine(folder: Path) -> dict[str, float]:
     captions = [each.words for each in found]
     generator = torch.Generator().manual_seed(0)
     shuffled = [captions[i] for i in torch.randperm(len(captions), generator=generator).tolist()]
-    gazes = [gaze for caption, name in zip(found, names, strict=True) for gaze in looks(caption, boxes[name])]
+    shapes, colors = ([look for caption, name in zip(found, names, strict=True)
+                       for look in looks(caption, boxes[name], what)] for what in ("shape", "color"))
     return {"bleu4": bleu(references, captions)[3], "bleu4_blind": bleu(references, shuffled)[3],
-            "shape_words": len(gazes), "on_object": 100 * float(np.mean([hit for hit, _ in gazes])),
-            "by_chance": 100 * float(np.mean([chance for _, chance in gazes]))}
+            "shape_words": len(shapes), **in_per_cent(shapes, ""), **in_per_cent(colors, "color_")}
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
@@ -118,9 +142,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     call("caption.py", "--img", shown / "shapes" / "images" / "shapes_test_0001.png", "--model", best,
          "--out", shown / "attention.png")
     found = examine(folder)
+    with atomic_write(folder / "examination.json") as file:
+        json.dump(found, file, indent=2)
     print(f"\nBLEU-4 on unseen scenes, greedy: {found['bleu4']:.1f}; of the same captions held against other scenes: "
           f"{found['bleu4_blind']:.1f}\nof {found['shape_words']} shapes it named, it looked at that shape "
           f"{found['on_object']:.0f} % of the time; by chance: {found['by_chance']:.0f} %\n"
+          f"of the weight on all shapes, where there are several, the named one had {found['on_named']:.0f} %; by its "
+          f"area: {found['on_named_by_chance']:.0f} %\n"
           f"curves: {shown / f'curves_{NAME}.png'}   where it looked: {shown / 'attention.png'}   "
           f"all of it took {(time.monotonic() - started) / 60:.1f} minutes\n"
           f"open in a browser, and point at the words: {shown / 'gallery.html'}")

@@ -221,7 +221,7 @@ def test_several_gpus_ask_each_other_for_signals_at_every_tenth_step(monkeypatch
         with Watch(args, world, progress, 23, lambda: saved.append(progress.step)) as watched:
             while progress.step < 23:
                 signals.extend([signal.SIGTERM] * (progress.step + 1 == sent))
-                watched.after_step(torch.ones(5))
+                watched.after_step(torch.ones(len(Losses._fields)))
 
     progress, saved = Progress(1, step=7), []
     watch()
@@ -230,7 +230,7 @@ def test_several_gpus_ask_each_other_for_signals_at_every_tenth_step(monkeypatch
     with pytest.raises(Stopped):
         watch(sent=13)
     assert saved == [20 if asked == [10, 20, 23] else 13]
-    assert progress.sums == [saved[0]] * 5
+    assert progress.sums == [saved[0]] * len(Losses._fields)
     assert steps[-2:] == saved * 2 * bool(asked), "once more, to wait for the first to have saved"
 
 

@@ -37,6 +37,9 @@ class Progress:
     sums: list[float] = field(default_factory=no_losses)        # of those, as `Losses` orders them
     seconds: float = 0.0                                        # that they took
 
+    def __post_init__(self) -> None:
+        self.sums = self.sums + no_losses()[len(self.sums):]  # an older checkpoint's lack the last ones
+
     def restart_epoch(self) -> None:
         self.step, self.sums, self.seconds = 0, no_losses(), 0.0
 
