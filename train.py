@@ -413,6 +413,8 @@ def new_models(run: Run) -> tuple[dict[str, Any], nn.Module, nn.Module]:
                  "attention_dim": args.attention_dim, "decoder_dim": args.decoder_dim, "dropout": args.dropout,
                  "embed_dim": args.emb_dim if embeddings is None else embeddings.size(1),
                  "vocab_size": len(run.word_map)}
+    if args.encoder_stride != 32:  # else a checkpoint is as it was before there was a choice
+        arguments["encoder_stride"] = args.encoder_stride
     try:
         encoder, decoder = build(arguments, encoder_weights(args, run.world))
     except (ValueError, RuntimeError) as error:
@@ -552,6 +554,9 @@ def add_more_flags(parser: argparse.ArgumentParser) -> None:
         help="a convolutional torchvision model, efficientnet_lite0 or efficientnet_lite2 (default: resnet101)")
     add("--encoder_weights", default="IMAGENET1K_V1", metavar="NAME|FILE|none",
         help="torchvision's name, a file, or none for random ones (default: IMAGENET1K_V1)")
+    add("--encoder_stride", type=int, choices=(16, 32), default=32, metavar="16|32",
+        help="pixels from one region of the encoder's map to the next; 32: its last map, 16: the last that fine "
+        "(default: 32)")
     add("--encoded_image_size", type=integer(1, 256), default=14, metavar="N",
         help="the encoder's map is brought to N x N pixels (default: 14)")
     add("--decoder", default="lstm", metavar="NAME",
