@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import models
 from caption import Search, beam_search
+from encoders.trunk import chain
 from models import (
     Attention,
     Caption,
@@ -416,7 +417,7 @@ def test_a_finer_map_is_the_last_of_its_stride(name: str, shape: tuple[int, ...]
 
 def test_a_map_that_no_layer_gives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 4, 4)]
-    monkeypatch.setitem(models.ENCODERS, "steep", lambda name, _, stride: models.chain(name, layers, stride))
+    monkeypatch.setitem(models.ENCODERS, "steep", lambda name, _, stride, __: chain(name, layers, stride))
     assert Encoder(name="steep").encoder_dim == 8
     with pytest.raises(ValueError, match="steep has no map of 16 pixels a region; its last is of 32"):
         Encoder(name="steep", stride=16)
@@ -445,16 +446,16 @@ def test_an_encoder_stays_in_eval_mode() -> None:
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "no_such_model"])
-def test_what_has_no_convolutional_trunk_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["maxvit_t", "mnasnet0_5", "no_such_model"])
+def test_what_has_no_trunk_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Encoder(name=name)
 
 
 def test_one_pixel_is_no_grid_to_look_at(monkeypatch) -> None:
     layers = [nn.Conv2d(3, 8, 16, 16), nn.AdaptiveAvgPool2d(1)]
-    monkeypatch.setitem(models.ENCODERS, "pooled", lambda name, _, stride: models.chain(name, layers, stride))
-    with pytest.raises(ValueError, match="no convolutional trunk"):
+    monkeypatch.setitem(models.ENCODERS, "pooled", lambda name, _, stride, __: chain(name, layers, stride))
+    with pytest.raises(ValueError, match="no trunk that attention"):
         Encoder(name="pooled")
 
 
