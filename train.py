@@ -343,7 +343,7 @@ def save(run: Run, training: Training, progress: Progress, improved: bool = Fals
     scores = progress.log[-1] if epoch_ended else {}  # a row of the log is of the weights at its epoch's end
     optimizers = {name: optimizer.state_dict() for name, optimizer in training.optimizers.items()}
     checkpoint = {**models, "word_map": run.word_map, "model": training.arguments,
-                  "preprocessing": datasets.PREPROCESSING, "scores": scores,
+                  "preprocessing": encoder.pixels.described(), "scores": scores,
                   "training": {**vars(progress), "optimizers": optimizers,
                                "scaler": training.scaler.state_dict(),  # of float16 alone; else empty
                                "args": vars(run.args), "world_size": run.world.size,
@@ -431,8 +431,13 @@ def new_models(run: Run) -> tuple[dict[str, Any], nn.Module, nn.Module]:
                  "attention_dim": args.attention_dim, "decoder_dim": args.decoder_dim, "dropout": args.dropout,
                  "embed_dim": args.emb_dim if embeddings is None else embeddings.size(1),
                  "vocab_size": len(run.word_map), "attention": args.attention}
+    if args.encoder_stride != 32:  # else a checkpoint is as it was before there was a choice
+        arguments["encoder_stride"] = args.encoder_stride
     try:
         encoder, decoder = build(arguments, encoder_weights(args, run.world))
+        size = broadcast(encoder.pixels.image_size, run.world)  # rank 0's, which alone has the weights
+        if encoder.pixels.image_size != size:
+            encoder, decoder = build(arguments, None, size)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--encoder {args.encoder} --encoder_weights {args.encoder_weights}: "
                          f"{reason(error)}") from error
@@ -570,9 +575,12 @@ def add_more_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data and model").add_argument
     add("--output_folder", default=".", metavar="DIR", help="checkpoints, log, curves (default: this folder)")
     add("--encoder", default="resnet101", metavar="NAME",
-        help="a convolutional torchvision model, efficientnet_lite0 or efficientnet_lite2 (default: resnet101)")
+        help="a torchvision model, timm:NAME, efficientnet_lite0 or efficientnet_lite2 (default: resnet101)")
     add("--encoder_weights", default="IMAGENET1K_V1", metavar="NAME|FILE|none",
         help="torchvision's name, a file, or none for random ones (default: IMAGENET1K_V1)")
+    add("--encoder_stride", type=int, choices=(16, 32), default=32, metavar="16|32",
+        help="pixels from one region of the encoder's map to the next; 32: its last map, 16: the last that fine "
+        "(default: 32)")
     add("--encoded_image_size", type=integer(1, 256), default=14, metavar="N",
         help="the encoder's map is brought to N x N pixels (default: 14)")
     add("--decoder", default="lstm", metavar="NAME",

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are
 
 from caption import Captioner, Search, beam_search, caption_images, load  # noqa: E402
-from datasets import normalize, read_image, reverse  # noqa: E402
+from datasets import encode, read_image, reverse  # noqa: E402
 from demo.demo import NAME  # noqa: E402
 from img.draw import LEAD, PHOTOGRAPHS, PHOTOS, RECORD, SCENE, photograph  # noqa: E402
 from models import DecoderWithAttention, restore  # noqa: E402
@@ -101,7 +101,7 @@ def record_demo(folder: Path) -> None:
     checkpoint = load_checkpoint(folder / f"BEST_checkpoint_{NAME}.pth.tar")
     (encoder, decoder), word_map = restore(checkpoint), checkpoint["word_map"]
     pixels = read_image(folder / "shapes" / "images" / f"shapes_test_{SCENE:04d}.png")
-    features = encoder(normalize(torch.from_numpy(pixels).unsqueeze(0), torch.device("cpu")))  # (1, n, n, C)
+    features = encode(encoder, decoder, torch.from_numpy(pixels).unsqueeze(0), torch.device("cpu"))  # (1, h, w, C)
     tree = grow(decoder, features, word_map, BEAM_SIZE)
     [[best]] = beam_search(decoder, features, word_map, Search(BEAM_SIZE))
     [[lead]] = caption_images(Captioner(encoder, decoder, word_map),

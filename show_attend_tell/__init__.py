@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import Any
 
 HOME = Path(__file__).resolve().parent.parent
-OURS = {"models", "datasets", "create_input_files", "caption", "eval", "train", "utils", "safety", "preparing",
-        "training", "drawing"}
+OURS = {"models", "datasets", "create_input_files", "caption", "eval", "train", "utils", "encoders", "safety",
+        "preparing", "training", "drawing"}
 __path__ = [str(HOME)]  # where Python looks for modules of this package
 
 

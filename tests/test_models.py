@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import models
 from caption import Search, beam_search
+from encoders.trunk import chain
 from models import (
     Attention,
     Caption,
@@ -387,6 +388,41 @@ def test_encoders_give_a_grid_of_features(name: str, encoder_dim: int) -> None:
         assert torch.equal(again(images), encoder(images))
 
 
+@pytest.mark.parametrize(("name", "shape", "layers", "first_tuned"), [
+    ("resnet18", (16, 16, 256), 7, 5), ("vgg11", (16, 16, 512), 20, 10), ("efficientnet_lite0", (16, 16, 112), 14, 6),
+    ("mobilenet_v3_small", (16, 16, 48), 9, 2), ("convnext_tiny", (16, 16, 384), 6, 2),
+    ("regnet_x_400mf", (16, 16, 160), 4, 2)])  # RegNet's blocks are layers of one layer
+def test_a_finer_map_is_the_last_of_its_stride(name: str, shape: tuple[int, ...], layers: int,
+                                               first_tuned: int) -> None:
+    """It is what the whole trunk computes on its way; a checkpoint and a file of weights are of its layers alone."""
+    torch.manual_seed(0)
+    whole = Encoder(4, name)
+    encoder = Encoder(4, name, whole.state_dict() if name != "regnet_x_400mf" else None, stride=16)
+    images = torch.randn(1, 3, 256, 256)
+    with torch.inference_mode():
+        grid = encoder.grid(images)
+        assert grid.shape == (1, *shape) and encoder(images).shape == (1, 4, 4, shape[2])
+        if name != "regnet_x_400mf":
+            assert torch.equal(grid, whole.resnet[:layers](images).permute(0, 2, 3, 1))
+    assert (len(encoder.resnet), encoder.encoder_dim, encoder.first_tuned) == (layers, shape[2], first_tuned)
+    sizes = {"attention_dim": 4, "embed_dim": 4, "decoder_dim": 4, "vocab_size": 9}
+    decoder = DecoderWithAttention(**sizes, encoder_dim=shape[2])
+    again, _ = restore({"model": {"encoder": name, "encoded_image_size": 4, "encoder_stride": 16, **sizes},
+                        "encoder": encoder.state_dict(), "decoder": decoder.state_dict()})
+    with torch.inference_mode():
+        assert torch.equal(again.grid(images), grid)
+    other = Encoder(4, name, encoder.state_dict(), stride=16)
+    assert torch.equal(next(other.parameters()), next(encoder.parameters()))
+
+
+def test_a_map_that_no_layer_gives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 4, 4)]
+    monkeypatch.setitem(models.ENCODERS, "steep", lambda name, _, stride, __: chain(name, layers, stride))
+    assert Encoder(name="steep").encoder_dim == 8
+    with pytest.raises(ValueError, match="steep has no map of 16 pixels a region; its last is of 32"):
+        Encoder(name="steep", stride=16)
+
+
 def test_of_a_resnet_blocks_two_to_four_are_tuned() -> None:
     encoder = Encoder(name="resnet18")
     encoder.fine_tune()
@@ -410,15 +446,16 @@ def test_an_encoder_stays_in_eval_mode() -> None:
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "no_such_model"])
-def test_what_has_no_convolutional_trunk_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["maxvit_t", "mnasnet0_5", "no_such_model"])
+def test_what_has_no_trunk_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Encoder(name=name)
 
 
 def test_one_pixel_is_no_grid_to_look_at(monkeypatch) -> None:
-    monkeypatch.setattr("models.torchvision_layers", lambda *_: [nn.Conv2d(3, 8, 16, 16), nn.AdaptiveAvgPool2d(1)])
-    with pytest.raises(ValueError, match="no convolutional trunk"):
+    layers = [nn.Conv2d(3, 8, 16, 16), nn.AdaptiveAvgPool2d(1)]
+    monkeypatch.setitem(models.ENCODERS, "pooled", lambda name, _, stride, __: chain(name, layers, stride))
+    with pytest.raises(ValueError, match="no trunk that attention"):
         Encoder(name="pooled")
 
 

