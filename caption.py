@@ -3,6 +3,7 @@
     python caption.py --img photo.jpg --out photo_attention.png             # or .gif: the gaze moves word by word
     python caption.py --img holiday/ 'more/*.png' --out gallery.html        # one page; point at a word
     python caption.py --img holiday/ --beam_size 5 --n_best 3 --json captions.json
+    python caption.py --img photo.jpg --model one.pth.tar other.pth.tar     # an ensemble
 
 The checkpoint alone is enough; without --model, the one BEST_checkpoint_*.pth.tar in this folder is taken. In Python:
 
@@ -47,7 +48,9 @@ from safety.errors import InputError, UsageError, printable, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
 from safety.pictures import counted, is_one_colour, there_instead, unreadable_error
-from utils import add_device_flags, autocast, progress_bar, setup_world
+from searching.consensus import by_consensus
+from searching.ensemble import Ensemble, check_vocabularies
+from utils import World, add_device_flags, autocast, broadcast, progress_bar, setup_world
 
 # ---- the search ------------------------------------------------------------------------------------------------------
 
@@ -58,7 +61,7 @@ class Search(NamedTuple):
     max_len: int = 51               # words at most, <end> included
     n_best: int = 1                 # captions of each picture, at most
     length_penalty: float = 0.0     # rank by log-probability / words ** length_penalty, <end> counted; 0 favours short
-    consensus: bool = False         # rank by similarity to the others instead, see `by_consensus`
+    consensus: bool = False         # rank by similarity to the others instead (searching/consensus.py)
     forbidden: Collection[str] = ("<start>", "<pad>", "<unk>")  # words that are never generated
 
     @staticmethod
@@ -196,26 +199,6 @@ def ranked(captions: Sequence[Caption], search: Search) -> list[Caption]:
     return by_consensus(captions) if search.consensus else captions
 
 
-def by_consensus(captions: Sequence[Caption]) -> list[Caption]:
-    """A beam's captions, the one that is most like all of them first (minimum Bayes risk, Kumar and Byrne 2004).
-
-    The most probable caption may be an odd one, while the others agree on something else. So each finished one votes
-    for all that are similar to it, itself included, with the fourth root of its probability, an exponent found by
-    trial. Two captions' similarity: the words that are in both, in any order, counted twice, divided by the words of
-    both together. An empty caption is similar to none. Unfinished ones come last, and have no vote.
-    """
-    bags = [Counter(each.words) for each in captions]
-    highest = max((each.log_prob for each in captions if each.finished), default=0.0)
-    votes = [math.exp((each.log_prob - highest) / 4) if each.finished else 0.0 for each in captions]
-
-    def rank(i: int) -> tuple[bool, float]:
-        support = sum(vote * 2 * (bags[i] & other).total() / max(bags[i].total() + other.total(), 1)
-                      for other, vote in zip(bags, votes, strict=True))
-        return not captions[i].finished, -support
-
-    return [captions[i] for i in sorted(range(len(bags)), key=rank)]
-
-
 # ---- in Python -------------------------------------------------------------------------------------------------------
 
 FILES = (str, Path, Image.Image)  # pictures that can turn out to be damaged; Pillow reads the pixels late
@@ -229,17 +212,35 @@ class Captioner(NamedTuple):
     precision: str = "float32"
 
 
-def load(model: str | Path, word_map: str | Path | None = None, device: str | None = None,
+def load(model: str | Path | Sequence[str | Path], word_map: str | Path | None = None, device: str | None = None,
          precision: str | None = None) -> Captioner:
     """A checkpoint, ready to caption; arguments as the flags of the same names. In 16 bits PyTorch may use TF32 too.
 
+    Args:
+        model: a file, or several of an ensemble, whose probabilities are averaged.
+
     Raises:
-        InputError: no such file, no checkpoint that can be read safely, or no such device.
+        InputError: no such file, no checkpoint that can be read safely, no such device, or other words in each.
     """
     world, precision = setup_world(device, precision, join=False)
-    checkpoint = load_checkpoint(model, read_word_map(word_map) if word_map else None)
-    encoder, decoder = (each.to(world.device) for each in restore(checkpoint, model))
-    return Captioner(encoder, decoder, checkpoint["word_map"], precision)
+    paths = [model] if isinstance(model, (str, Path)) else list(model)
+    return load_models(paths, read_word_map(word_map) if word_map else None, world, precision)
+
+
+def load_models(paths: Sequence[str | Path], word_map: dict[str, int] | None, world: World,
+                precision: str) -> Captioner:
+    """The same on all processes, of which the first reads the files; the word map is for files that hold none."""
+    models, word_maps = [], []
+    for path in paths:
+        checkpoint = broadcast(load_checkpoint(path, word_map) if world.rank == 0 else None, world)
+        models.append([each.to(world.device) for each in restore(checkpoint, path)])
+        word_maps.append(checkpoint["word_map"])
+    check_vocabularies(word_maps, paths)
+    encoder, decoder = models[0]
+    if len(models) > 1:
+        decoder = Ensemble(*zip(*models, strict=True))
+        encoder = decoder.encoders
+    return Captioner(encoder, decoder, word_maps[0], precision)
 
 
 def caption_images(model: Captioner, images: AnyPicture | Iterable[AnyPicture], search: Search = Search(),
@@ -326,7 +327,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--img", "-i", nargs="+", required=True, metavar="PATH",
         help="pictures, folders of pictures, or patterns like '*.jpg'")
     add("--skip_unreadable", action="store_true", help="do not fail where some pictures cannot be read")
-    add("--model", "-m", "--checkpoint", metavar="FILE", help="(default: the BEST_checkpoint_* in this folder)")
+    add("--model", "-m", "--checkpoint", nargs="+", metavar="FILE",
+        help="of several the probabilities are averaged (default: the BEST_checkpoint_* in this folder)")
     add("--word_map", "-wm", metavar="FILE", help="only for checkpoints that hold none (the original tutorial's)")
     add = parser.add_argument_group("search").add_argument
     add("--beam_size", "-b", type=integer(1), default=5, metavar="K", help="hypotheses of the beam search (default: 5)")
@@ -426,7 +428,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     # A path for each picture; if --out is a page there is only one path, and so one entry.
     figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}
     page = any(path.suffix.lower() in PAGES for path in figures.values())
-    model = load(args.model or find_model(), args.word_map, args.device, args.precision)
+    model = load(args.model or [find_model()], args.word_map, args.device, args.precision)
     gc.enable()
 
     results, shown, rev_word_map = [], [], reverse(model.word_map)

@@ -391,9 +391,10 @@ def loader_options(workers: int, world: World) -> dict[str, Any]:
 def encode(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     """What a decoder looks at: bytes (N, 3, 256, 256) to features (N, h, w, C). Features that are cached already stay.
 
-    A decoder that pools by itself (`map_size`) gets the encoder's own map, if that encoder gives it (`grid`).
+    A decoder that pools by itself (`map_size`) gets the encoder's own map, if that encoder gives it (`grid`). An
+    ensemble (`encodes`) gets the bytes: each of its models has an encoder of its own.
     """
-    if images.is_floating_point():
+    if images.is_floating_point() or getattr(decoder, "encodes", False):
         return images.to(device, non_blocking=True)
     images = normalize(images, device)
     if getattr(decoder, "map_size", None) and hasattr(encoder, "grid"):

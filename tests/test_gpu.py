@@ -57,7 +57,7 @@ def test_the_scripts_do_on_a_gpu_what_they_do_on_a_cpu(prepared: Prepared, tmp_p
     assert seen.operations["aten._fused_adam_.default"] == 4 + 4 * 2  # steps of stage 1, and of stage 2 twice
     # Training waits where it looks at the losses, and at no other place of a step.
     assert set(seen.waits) == {"choose_device", "build_training", "load_optimizers", "keep_features", "look_at_losses",
-                               "save", "save_checkpoint", "main", "validate", "predicted_words", "beam_search",
+                               "save", "save_checkpoint", "load_models", "validate", "predicted_words", "beam_search",
                                "to_captions", "copy_to"}
     assert seen.waits["look_at_losses"] == 2 * 2  # at the first step and at the last
 
