@@ -170,7 +170,8 @@ def score_file(args: argparse.Namespace, dataset: CaptionDataset, references: Re
     say_if_java_is_missing()
     if warning := warn_if_collapsed([" ".join(words) for words in captions]):
         print(printable(warning), file=sys.stderr)
-    untold = dict.fromkeys(("beam", "length penalty", "consensus", "models", "unfinished", "seconds", "images/s"))
+    untold = dict.fromkeys(("beam", "length penalty", "consensus", "no repeat", "models", "unfinished", "seconds",
+                            "images/s"))
     rows = [{**untold, **score(references, captions)}]
     write_table(args, rows)
     return rows
@@ -260,7 +261,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions the split once for each beam size, prints the table of scores and returns its rows."""
-    searches = [Search.from_args(args, beam_size) for beam_size in args.beam_size]
+    searches = [Search.from_args(args, beam_size=beam_size) for beam_size in args.beam_size]
     world, precision = setup_world(args.device, args.precision)
     is_main = world.rank == 0
     if is_main:
@@ -288,7 +289,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         if not is_main:
             continue
         rows.append({"beam": search.beam_size, "length penalty": search.length_penalty, "consensus": search.consensus,
-                     "models": len(paths),
+                     "no repeat": search.no_repeat, "models": len(paths),
                      **score(references, [each.words for each in captions]),
                      "unfinished": sum(not each.finished for each in captions) / len(captions), "seconds": seconds,
                      "images/s": len(captions) / seconds})
