@@ -3,6 +3,8 @@
     python caption.py --img photo.jpg --out photo_attention.png             # or .gif: the gaze moves word by word
     python caption.py --img holiday/ 'more/*.png' --out gallery.html        # one page; point at a word
     python caption.py --img holiday/ --beam_size 5 --n_best 3 --json captions.json
+    python caption.py --img photo.jpg --sample 5 --temperature 0.7          # drawn, not searched
+    python caption.py --img photo.jpg --model one.pth.tar other.pth.tar     # an ensemble
 
 The checkpoint alone is enough; without --model, the one BEST_checkpoint_*.pth.tar in this folder is taken. In Python:
 
@@ -24,7 +26,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,12 @@ from safety.errors import InputError, UsageError, printable, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
 from safety.pictures import counted, is_one_colour, there_instead, unreadable_error
-from utils import add_device_flags, autocast, progress_bar, setup_world
+from safety.words import normal
+from searching.consensus import by_consensus
+from searching.ensemble import Ensemble, check_vocabularies
+from searching.settings import check_counts, check_search, ids_of
+from searching.words import draw, forbid
+from utils import World, add_device_flags, autocast, broadcast, progress_bar, setup_world
 
 # ---- the search ------------------------------------------------------------------------------------------------------
 
@@ -58,44 +64,25 @@ class Search(NamedTuple):
     max_len: int = 51               # words at most, <end> included
     n_best: int = 1                 # captions of each picture, at most
     length_penalty: float = 0.0     # rank by log-probability / words ** length_penalty, <end> counted; 0 favours short
-    consensus: bool = False         # rank by similarity to the others instead, see `by_consensus`
+    consensus: bool = False         # rank by similarity to the others instead (searching/consensus.py)
     forbidden: Collection[str] = ("<start>", "<pad>", "<unk>")  # words that are never generated
+    no_repeat: int = 0              # no run of so many words comes twice in a caption; 0: any may
+    sample: int = 0                 # captions that are drawn, word by word, without a beam; 0: they are searched for
+    temperature: float = 1.0        # draws from p ** (1 / temperature): below 1 likelier words, above 1 odder ones
+    seed: int | None = None         # of the draw, for each picture the same; None: PyTorch's own random numbers
 
     @staticmethod
-    def from_args(args: argparse.Namespace, beam_size: int, n_best: int = 1) -> Search:
-        """From the flags of `add_search_flags`."""
-        return Search(beam_size, args.max_len, n_best, args.length_penalty, args.consensus).checked()
+    def from_args(args: argparse.Namespace, **settings: Any) -> Search:
+        """From the flags of the fields' names, if they were given, and from --forbid; settings go before them."""
+        flags = {name: value for name in Search._fields if (value := getattr(args, name, None)) is not None}
+        search = Search(**{**flags, **settings, "forbidden": (*Search().forbidden, *map(normal, args.forbid))})
+        check_search(search, flags)
+        return search
 
     def checked(self) -> Search:
         """Itself, if its values make sense; from Python they may be anything."""
-        check_counts(beam_size=self.beam_size, max_len=self.max_len, n_best=self.n_best)
-        if not isinstance(self.length_penalty, Real) or not 0 <= self.length_penalty <= 2:
-            raise UsageError("length_penalty: a number from 0 to 2")
-        if not isinstance(self.forbidden, Collection):
-            raise UsageError(f"forbidden={self.forbidden}: words, as (\"<unk>\", \"dog\"); () forbids none")
-        if self.n_best > self.beam_size:
-            raise UsageError(f"--n_best {self.n_best}: a beam of {self.beam_size} finds no more than that; widen it "
-                             "with --beam_size")
-        if self.length_penalty and self.consensus:
-            raise UsageError("--length_penalty and --consensus are two ways to choose among the beam's captions; name "
-                             "one")
+        check_search(self)
         return self
-
-    def forbidden_ids(self, word_map: dict[str, int]) -> list[int]:
-        """Of the forbidden words; each must be one of the vocabulary, or it would be forbidden in vain."""
-        words = [self.forbidden] if isinstance(self.forbidden, str) else list(self.forbidden)
-        if unknown := [word for word in words if word not in word_map]:
-            raise UsageError(f"forbidden {', '.join(map(repr, unknown[:5]))}: not among the model's {len(word_map)} "
-                             "words, so it cannot come up; leave it out")
-        return [word_map[word] for word in words]
-
-
-def check_counts(**values: int) -> None:
-    """Refuses what is no number of things, by the name of its setting."""
-    for name, value in values.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise UsageError(f"{name}={value if isinstance(value, Real) else type(value).__name__}: a whole number of "
-                             "1 or more")
 
 
 @torch.inference_mode()
@@ -104,19 +91,21 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
     """The most probable captions of each of many pictures, at least one, the best first and unfinished ones last.
 
     Each picture has K hypotheses. At each step all their continuations compete, and the best K live on. One that ends
-    leaves the beam, which is one narrower from then on; a picture whose beam is empty leaves the batch.
+    leaves the beam, which is one narrower from then on; a picture whose beam is empty leaves the batch. With
+    `search.sample` nothing competes: each hypothesis goes on by a word that is drawn, until it ends.
 
     Args:
-        decoder: anything with `start`, `step`, `fc` and `vocab_size`, in eval mode.
+        decoder: anything with `start`, `step`, `fc` and `vocab_size`, in eval mode; to learn from draws, in training's.
         encoder_out: (N, h, w, C) or (N, P, C).
     """
-    n, k, device = len(encoder_out), search.checked().beam_size, encoder_out.device
-    forbidden = torch.tensor(search.forbidden_ids(word_map), dtype=torch.long).to(device)
+    n, k, device = len(encoder_out), search.checked().sample or search.beam_size, encoder_out.device
+    forbidden = torch.tensor(ids_of(search.forbidden, word_map), dtype=torch.long).to(device)
+    generator = None if search.seed is None else torch.Generator().manual_seed(search.seed)
     annotations, state = decoder.start(encoder_out)
     state = tuple(each.repeat_interleave(k, dim=0) for each in state)           # (N * K, ...); annotations stay N
     sequences = torch.full((n, k, 1), word_map["<start>"], device=device)       # (N, K, t), the hypotheses
     log_probs = torch.zeros(n, k, 1, device=device)                             # (N, K, t), up to each word
-    log_probs[:, 1:] = -torch.inf  # all hypotheses begin alike: the first is continued, not K equal ones
+    log_probs[:, 1:] = 0.0 if search.sample else -torch.inf  # all begin alike: a beam continues one, not K equal ones
     alphas = None                                                               # (N, K, t, P)
     width = torch.full((n, 1), k, device=device)                                # hypotheses that still compete
     active = torch.arange(n)                                                    # pictures still in the batch
@@ -124,9 +113,10 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
 
     for t in range(search.max_len):
         output, alpha, state = decoder.step(sequences[:, :, -1].flatten(), annotations, state)
-        scores = F.log_softmax(decoder.fc(output).float(), dim=1).index_fill_(1, forbidden, -torch.inf)  # (N * K, V)
+        scores = F.log_softmax(decoder.fc(output).float(), dim=1)               # (N * K, V)
+        forbid(scores, forbidden, sequences.flatten(0, 1), search.no_repeat)
         candidates = log_probs[:, :, -1:] + scores.view(n, k, -1)               # (N, K, V), all continuations
-        total, best = candidates.flatten(1).topk(k, dim=1)                      # (N, K), best first
+        total, best = draw(candidates, search.temperature, generator) if search.sample else best_of(candidates, width)
         parent, word = best // decoder.vocab_size, best % decoder.vocab_size
         rows = (torch.arange(n, device=device).unsqueeze(1), parent)            # (N, K), whom each continues
         sequences = torch.cat([sequences[rows], word.unsqueeze(2)], dim=2)
@@ -136,7 +126,7 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
             alpha = alpha.float().view(n, k, 1, -1)
             alphas = torch.cat([torch.ones_like(alpha) if t == 0 else alphas, alpha], dim=2)[rows]  # of the parents
 
-        growing = (torch.arange(k, device=device) < width) & (total > -torch.inf)   # of the best K, the first `width`
+        growing = total > -torch.inf
         ended = growing & (word == word_map["<end>"])
         width = width - ended.sum(dim=1, keepdim=True)
         growing &= ~ended
@@ -155,7 +145,14 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
             state = tuple(each.unflatten(0, (-1, k))[alive].flatten(0, 1) for each in state)
     left.append(hypotheses_at(goes_on, active, sequences, log_probs, alphas))   # none, if the loop was left early
     found = to_captions(left, len(encoder_out), word_map)
-    return [ranked(captions, search)[:search.n_best] for captions in found]
+    return [ranked(captions, search)[:search.sample or search.n_best] for captions in found]
+
+
+def best_of(candidates: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all continuations, (N, K, V), the best K: log-probabilities, -inf beyond the beam's width (N, 1), and places
+    among the K * V, both (N, K)."""
+    total, best = candidates.flatten(1).topk(candidates.size(1), dim=1)
+    return total.masked_fill(torch.arange(total.size(1), device=total.device) >= width, -torch.inf), best
 
 
 def hypotheses_at(which: Tensor, active: Tensor, sequences: Tensor, log_probs: Tensor,
@@ -198,26 +195,6 @@ def ranked(captions: Sequence[Caption], search: Search) -> list[Caption]:
     return by_consensus(captions) if search.consensus else captions
 
 
-def by_consensus(captions: Sequence[Caption]) -> list[Caption]:
-    """A beam's captions, the one that is most like all of them first (minimum Bayes risk, Kumar and Byrne 2004).
-
-    The most probable caption may be an odd one, while the others agree on something else. So each finished one votes
-    for all that are similar to it, itself included, with the fourth root of its probability, an exponent found by
-    trial. Two captions' similarity: the words that are in both, in any order, counted twice, divided by the words of
-    both together. An empty caption is similar to none. Unfinished ones come last, and have no vote.
-    """
-    bags = [Counter(each.words) for each in captions]
-    highest = max((each.log_prob for each in captions if each.finished), default=0.0)
-    votes = [math.exp((each.log_prob - highest) / 4) if each.finished else 0.0 for each in captions]
-
-    def rank(i: int) -> tuple[bool, float]:
-        support = sum(vote * 2 * (bags[i] & other).total() / max(bags[i].total() + other.total(), 1)
-                      for other, vote in zip(bags, votes, strict=True))
-        return not captions[i].finished, -support
-
-    return [captions[i] for i in sorted(range(len(bags)), key=rank)]
-
-
 # ---- in Python -------------------------------------------------------------------------------------------------------
 
 FILES = (str, Path, Image.Image)  # pictures that can turn out to be damaged; Pillow reads the pixels late
@@ -231,17 +208,35 @@ class Captioner(NamedTuple):
     precision: str = "float32"
 
 
-def load(model: str | Path, word_map: str | Path | None = None, device: str | None = None,
+def load(model: str | Path | Sequence[str | Path], word_map: str | Path | None = None, device: str | None = None,
          precision: str | None = None) -> Captioner:
     """A checkpoint, ready to caption; arguments as the flags of the same names. In 16 bits PyTorch may use TF32 too.
 
+    Args:
+        model: a file, or several of an ensemble, whose probabilities are averaged.
+
     Raises:
-        InputError: no such file, no checkpoint that can be read safely, or no such device.
+        InputError: no such file, no checkpoint that can be read safely, no such device, or other words in each.
     """
     world, precision = setup_world(device, precision, join=False)
-    checkpoint = load_checkpoint(model, read_word_map(word_map) if word_map else None)
-    encoder, decoder = (each.to(world.device) for each in restore(checkpoint, model))
-    return Captioner(encoder, decoder, checkpoint["word_map"], precision)
+    paths = [model] if isinstance(model, (str, Path)) else list(model)
+    return load_models(paths, read_word_map(word_map) if word_map else None, world, precision)
+
+
+def load_models(paths: Sequence[str | Path], word_map: dict[str, int] | None, world: World,
+                precision: str) -> Captioner:
+    """The same on all processes, of which the first reads the files; the word map is for files that hold none."""
+    models, word_maps = [], []
+    for path in paths:
+        checkpoint = broadcast(load_checkpoint(path, word_map) if world.rank == 0 else None, world)
+        models.append([each.to(world.device) for each in restore(checkpoint, path)])
+        word_maps.append(checkpoint["word_map"])
+    check_vocabularies(word_maps, paths)
+    encoder, decoder = models[0]
+    if len(models) > 1:
+        decoder = Ensemble(*zip(*models, strict=True))
+        encoder = decoder.encoders
+    return Captioner(encoder, decoder, word_maps[0], precision)
 
 
 def caption_images(model: Captioner, images: AnyPicture | Iterable[AnyPicture], search: Search = Search(),
@@ -332,12 +327,18 @@ def get_parser() -> argparse.ArgumentParser:
     add("--img", "-i", nargs="+", required=True, metavar="PATH",
         help="pictures, folders of pictures, or patterns like '*.jpg'")
     add("--skip_unreadable", action="store_true", help="do not fail where some pictures cannot be read")
-    add("--model", "-m", "--checkpoint", metavar="FILE", help="(default: the BEST_checkpoint_* in this folder)")
+    add("--model", "-m", "--checkpoint", nargs="+", metavar="FILE",
+        help="of several the probabilities are averaged (default: the BEST_checkpoint_* in this folder)")
     add("--word_map", "-wm", metavar="FILE", help="only for checkpoints that hold none (the original tutorial's)")
     add = parser.add_argument_group("search").add_argument
-    add("--beam_size", "-b", type=integer(1), default=5, metavar="K", help="hypotheses of the beam search (default: 5)")
-    add("--n_best", type=integer(1), default=1, metavar="N", help="captions for each picture (default: 1)")
+    add("--beam_size", "-b", type=integer(1), metavar="K", help="hypotheses of the beam search (default: 5)")
+    add("--n_best", type=integer(1), metavar="N", help="captions for each picture (default: 1)")
     add_search_flags(add)
+    add("--sample", type=integer(1), metavar="N",
+        help="N captions for each picture, drawn word by word from the model's probabilities; some may be equal")
+    add("--temperature", type=real(0.01, 100), metavar="T",
+        help="of --sample: probabilities ** (1 / T), so below 1 fewer surprises, above 1 more (default: 1)")
+    add("--seed", type=integer(0, 2 ** 32 - 1), metavar="N", help="of --sample: another, other captions (default: 0)")
     add = parser.add_argument_group("results").add_argument
     add("--out", metavar="PATH",
         help="where the model looked: an .html page, or a folder for .png files; for one picture a .png or .gif file")
@@ -352,10 +353,12 @@ def get_parser() -> argparse.ArgumentParser:
 
 def add_search_flags(add: Callable[..., Any]) -> None:
     """The flags that caption.py and eval.py share: how captions are found and chosen."""
-    add("--max_len", type=integer(1), default=51, metavar="WORDS", help="longest caption, <end> included (default: 51)")
-    add("--length_penalty", type=real(0, 2), default=0.0, metavar="P",
+    add("--max_len", type=integer(1), metavar="WORDS", help="longest caption, <end> included (default: 51)")
+    add("--no_repeat", type=integer(1), metavar="N", help="no run of N words twice in a caption (default: any)")
+    add("--forbid", nargs="+", default=(), metavar="WORD", help="words that are not to be said")
+    add("--length_penalty", type=real(0, 2), metavar="P",
         help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
-    add("--consensus", action="store_true",
+    add("--consensus", action="store_true", default=None,
         help="of the beam's captions the one that is most like the others; best with --beam_size 20")
 
 
@@ -427,14 +430,14 @@ def line_of(path: Path, caption: Caption, probabilities: bool) -> str:
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions pictures, prints and returns the results. Where some cannot be read, it fails after all others."""
-    search = Search.from_args(args, args.beam_size, args.n_best)
+    search = Search.from_args(args, **{"seed": args.seed or 0} if args.sample else {})  # the same at every call
     if args.json and Path(args.json).suffix.lower() in picture_suffixes() | PAGES:
         raise UsageError(f"--json {args.json}: the results would overwrite a picture or a page; name another file")
     pictures = find_pictures(args.img)
     # A path for each picture; if --out is a page there is only one path, and so one entry.
     figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}
     page = any(path.suffix.lower() in PAGES for path in figures.values())
-    model = load(args.model or find_model(), args.word_map, args.device, args.precision)
+    model = load(args.model or [find_model()], args.word_map, args.device, args.precision)
     gc.enable()
 
     results, shown, rev_word_map = [], [], reverse(model.word_map)

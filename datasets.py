@@ -393,9 +393,10 @@ def encode(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch
     """What a decoder looks at: bytes (N, 3, 256, 256) to features (N, h, w, C). Features that are cached already stay.
 
     A decoder that pools by itself (`map_size`) gets the encoder's own map, if that encoder gives it (`grid`). Pictures
-    are made what the encoder expects (`pixels`), or if it does not say, 256 x 256, normalised as ImageNet's.
+    are made what the encoder expects (`pixels`), or if it does not say, 256 x 256, normalised as ImageNet's. An
+    ensemble (`encodes`) gets the bytes: each of its models has an encoder of its own.
     """
-    if images.is_floating_point():
+    if images.is_floating_point() or getattr(decoder, "encodes", False):
         return images.to(device, non_blocking=True)
     images = normalize(images, device, getattr(encoder, "pixels", IMAGENET))
     if getattr(decoder, "map_size", None) and hasattr(encoder, "grid"):

@@ -1,6 +1,7 @@
 """Captions of a whole split, and the table of scores by beam size.
 
     python eval.py --checkpoint BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar --beam_size 1 3 5
+    python eval.py --checkpoint one.pth.tar other.pth.tar    # an ensemble
     python eval.py --gallery gallery.html    # the best and the worst captions on a page; point at a word
     torchrun --nproc_per_node=8 eval.py --checkpoint ...
     python eval.py --captions results.json   # those of another system, in COCO's result format
@@ -25,18 +26,17 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from caption import Captioner, Search, add_search_flags, caption_images, caption_pixels
+from caption import Captioner, Search, add_search_flags, caption_images, caption_pixels, load_models
 from datasets import CaptionDataset, image_loader, load_word_map, read_word_map
 from drawing.page import PAGES, html_figure, write_page
-from models import Caption, restore
-from safety.checkpoints import load_checkpoint
+from models import Caption
 from safety.devices import cpu_advice
 from safety.errors import InputError, UsageError, printable, reason, run_script
 from safety.files import atomic_write, unwritable
 from safety.flags import integer
 from safety.meteor import meteor_score
 from safety.words import normal, words_in
-from utils import World, add_device_flags, broadcast, gather_in_order, loader_workers, progress_bar, setup_world
+from utils import World, add_device_flags, gather_in_order, loader_workers, progress_bar, setup_world
 
 References = Sequence[Sequence[Sequence[str]]]  # of each picture all that people wrote, as words
 SHOWN = 12  # of the gallery's best captions, and of its worst
@@ -128,8 +128,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDataset,
-                  references: References, captions: Sequence[Caption]) -> None:
+def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDataset, references: References,
+                  captions: Sequence[Caption], search: Search) -> None:
     """The captions with the highest and the lowest CIDEr on a page, beside those that people wrote."""
     cider = Cider().compute_score(*_coco(references, [each.words for each in captions]))[1]  # one for each picture
     order = sorted(range(len(captions)), key=lambda i: -cider[i])
@@ -138,13 +138,14 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
     for heading, shown in (("Best by CIDEr", order[:half]), ("Worst by CIDEr", order[half:][::-1][:half])):
         pictures = [Image.fromarray(dataset.images[i].transpose(1, 2, 0)) for i in shown]
         # Captioned again, as the alphas of all pictures were not kept.
-        found = caption_images(model, pictures, Search.from_args(args, args.beam_size[-1]), args.batch_size)
+        found = caption_images(model, pictures, search, args.batch_size)
         sections[heading] = [
             html_figure(picture, f"picture {dataset.image_ids[i]}", n_best, f"CIDEr {cider[i]:.2f}",
                         [" ".join(words) for words in references[i]])
             for i, picture, n_best in zip(shown, pictures, found, strict=True)]
-    ranking = f", length penalty {args.length_penalty:g}" if args.length_penalty else ", consensus" * args.consensus
-    write_page(args.gallery, f"{args.data_name}, {args.split}, beam {args.beam_size[-1]}{ranking}", sections)
+    penalty = search.length_penalty
+    ranking = f", length penalty {penalty:g}" if penalty else ", consensus" * search.consensus
+    write_page(args.gallery, f"{args.data_name}, {args.split}, beam {search.beam_size}{ranking}", sections)
 
 
 def write_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -169,7 +170,8 @@ def score_file(args: argparse.Namespace, dataset: CaptionDataset, references: Re
     say_if_java_is_missing()
     if warning := warn_if_collapsed([" ".join(words) for words in captions]):
         print(printable(warning), file=sys.stderr)
-    untold = dict.fromkeys(("beam", "length penalty", "consensus", "unfinished", "seconds", "images/s"))
+    untold = dict.fromkeys(("beam", "length penalty", "consensus", "no repeat", "models", "unfinished", "seconds",
+                            "images/s"))
     rows = [{**untold, **score(references, captions)}]
     write_table(args, rows)
     return rows
@@ -214,7 +216,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage="%(prog)s [FLAG ...]", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model and data").add_argument
-    add("--checkpoint", metavar="FILE", help="the model (default: BEST_checkpoint_DATANAME.pth.tar in this folder)")
+    add("--checkpoint", nargs="+", metavar="FILE",
+        help="the model, or several, whose probabilities are averaged (default: BEST_checkpoint_DATANAME.pth.tar in "
+        "this folder)")
     add("--word_map", metavar="FILE", help="for checkpoints without one (default: the data folder's)")
     add("--data_folder", default="data", metavar="DIR", help="what create_input_files.py made (default: data)")
     add("--data_name", default="coco_5_cap_per_img_5_min_word_freq", metavar="NAME",
@@ -257,7 +261,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Captions the split once for each beam size, prints the table of scores and returns its rows."""
-    searches = [Search.from_args(args, beam_size) for beam_size in args.beam_size]
+    searches = [Search.from_args(args, beam_size=beam_size) for beam_size in args.beam_size]
     world, precision = setup_world(args.device, args.precision)
     is_main = world.rank == 0
     if is_main:
@@ -269,14 +273,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     references = dataset.references(word_map)
     if args.captions:
         return score_file(args, dataset, references, word_map) if is_main else []
-    path = args.checkpoint or f"BEST_checkpoint_{args.data_name}.pth.tar"
-    if args.word_map:
-        word_map = read_word_map(args.word_map)
-    # The word map is only for a checkpoint that holds none.
-    checkpoint = broadcast(load_checkpoint(path, word_map) if is_main else None, world)
-    encoder, decoder = (each.to(world.device) for each in restore(checkpoint, path))
-    model = Captioner(encoder, decoder, checkpoint["word_map"], precision)
-    del checkpoint  # and its memory map
+    paths = args.checkpoint or [f"BEST_checkpoint_{args.data_name}.pth.tar"]
+    model = load_models(paths, read_word_map(args.word_map) if args.word_map else word_map, world, precision)
     if is_main:
         say_if_java_is_missing()
         for line in cpu_advice(world.device, args.device, precision):
@@ -291,6 +289,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         if not is_main:
             continue
         rows.append({"beam": search.beam_size, "length penalty": search.length_penalty, "consensus": search.consensus,
+                     "no repeat": search.no_repeat, "models": len(paths),
                      **score(references, [each.words for each in captions]),
                      "unfinished": sum(not each.finished for each in captions) / len(captions), "seconds": seconds,
                      "images/s": len(captions) / seconds})
@@ -305,7 +304,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if is_main:
         try:
             if args.gallery:
-                write_gallery(args, model, dataset, references, captions)
+                write_gallery(args, model, dataset, references, captions, searches[-1])
         finally:
             write_table(args, rows)
     return rows

@@ -18,7 +18,7 @@ from typing import Any
 
 HOME = Path(__file__).resolve().parent.parent
 OURS = {"models", "datasets", "create_input_files", "caption", "eval", "train", "utils", "encoders", "safety",
-        "preparing", "training", "drawing"}
+        "preparing", "searching", "training", "drawing"}
 __path__ = [str(HOME)]  # where Python looks for modules of this package
 
 

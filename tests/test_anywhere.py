@@ -82,5 +82,5 @@ def test_the_package_holds_all_places_and_is_all_that_is_installed() -> None:
     text = (REPOSITORY / "show_attend_tell" / "__init__.py").read_text()
     ours = set(re.findall('"([a-z_]+)"', text[text.index("OURS ="):text.index("__path__")]))
     scripts = {path.stem for path in REPOSITORY.glob("*.py")}
-    assert ours == scripts | {"encoders", "safety", "preparing", "training", "drawing"}
+    assert ours == scripts | {"encoders", "safety", "preparing", "searching", "training", "drawing"}
     assert 'packages = ["show_attend_tell"]' in (REPOSITORY / "pyproject.toml").read_text()

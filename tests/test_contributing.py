@@ -94,7 +94,7 @@ def test_a_term_of_the_loss_and_tensorboard(prepared: Prepared, tmp_path: Path) 
     for path in REPOSITORY.iterdir():
         if path.suffix == ".py":
             shutil.copy(path, tmp_path)
-        elif path.name in {"encoders", "safety", "training", "drawing", "preparing"}:
+        elif path.name in {"encoders", "safety", "searching", "training", "drawing", "preparing"}:
             shutil.copytree(path, tmp_path / path.name)
     (tmp_path / "models.py").write_text(patched("models.py", "A term of the loss"), encoding="utf-8")
     (tmp_path / "train.py").write_text(patched("train.py", "TensorBoard"), encoding="utf-8")

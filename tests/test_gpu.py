@@ -24,6 +24,7 @@ import train
 from caption import Captioner, Search, beam_search
 from datasets import CaptionDataset, image_loader, load_word_map
 from models import Caption, build, caption_losses, teacher_forced
+from searching.ensemble import Ensemble
 from training.features import encode_batch
 from training.progress import mean_loss
 from utils import World, autocast
@@ -57,7 +58,7 @@ def test_the_scripts_do_on_a_gpu_what_they_do_on_a_cpu(prepared: Prepared, tmp_p
     assert seen.operations["aten._fused_adam_.default"] == 4 + 4 * 2  # steps of stage 1, and of stage 2 twice
     # Training waits where it looks at the losses, and at no other place of a step.
     assert set(seen.waits) == {"choose_device", "build_training", "load_optimizers", "keep_features", "look_at_losses",
-                               "save", "save_checkpoint", "main", "validate", "predicted_words", "beam_search",
+                               "save", "save_checkpoint", "load_models", "validate", "predicted_words", "beam_search",
                                "to_captions", "copy_to"}
     assert seen.waits["look_at_losses"] == 2 * 2  # at the first step and at the last
 
@@ -157,6 +158,26 @@ def test_the_way_forward_by_cudas_own_rules(precision, error, model, prepared, o
         assert best.log_prob == pytest.approx(-caption_losses(decoded).cross_entropy.item(), rel=error)
     if precision == "float32":
         assert result.decisions == on_the_cpu.decisions
+
+
+@pytest.mark.parametrize("search", [Search(3, max_len=9, no_repeat=2), Search(sample=3, seed=1, max_len=9)])
+def test_an_ensemble_finds_and_draws_on_a_gpu_what_it_does_on_a_cpu(search: Search, model: Captioner) -> None:
+    """From bytes, by both encoders; nothing that is drawn is waited for."""
+    images = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
+    other = copy.deepcopy(model.decoder)
+    with torch.no_grad():
+        other.fc.weight.neg_()
+    ensemble = Ensemble([model.encoder, model.encoder], [model.decoder, other]).eval()
+    expected = beam_search(ensemble, images, model.word_map, search)
+    with feigned_gpu() as seen:
+        found = beam_search(copy.deepcopy(ensemble).to(GPU), images.to(GPU), model.word_map, search)
+    assert [[each.words for each in captions] for captions in found] == [
+        [each.words for each in captions] for captions in expected]
+    assert "draw" not in seen.waits
+    torch.manual_seed(0)
+    with feigned_gpu():
+        drawn = beam_search(copy.deepcopy(ensemble).to(GPU), images.to(GPU), model.word_map, Search(sample=2))
+    assert len(drawn) == 3
 
 
 @pytest.mark.parametrize("cuda_rules", [False, True])

@@ -9,7 +9,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 READING_ORDER = ["models", "datasets", "caption", "eval", "train"]
 SCRIPTS = [*READING_ORDER, "create_input_files", "utils"]
-FOLDERS = ["encoders", "safety", "preparing", "training", "drawing"]
+FOLDERS = ["encoders", "safety", "preparing", "searching", "training", "drawing"]
 GUESTS = ["show_attend_tell", "demo", "benchmarks", "img", "tests"]
 # What a file may import of ours, beside its own folder.
 ALLOWED = {
@@ -17,8 +17,9 @@ ALLOWED = {
     "datasets": {"models", "encoders", "safety", "utils"},
     "drawing": {"models", "safety", "utils", "datasets"},
     "preparing": {"models", "safety", "utils", "datasets"},
+    "searching": {"models", "safety", "utils", "datasets"},
     "create_input_files": {"safety", "utils", "datasets", "preparing"},
-    "caption": {"models", "safety", "utils", "datasets", "drawing"},
+    "caption": {"models", "safety", "utils", "datasets", "drawing", "searching"},
     "eval": {"models", "safety", "utils", "datasets", "drawing", "caption"},
     "training": {"models", "encoders", "safety", "utils", "datasets", "drawing", "caption", "eval"},
     "train": {"models", "safety", "utils", "datasets", "drawing", "caption", "eval", "training"},
