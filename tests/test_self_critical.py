@@ -128,6 +128,13 @@ def test_the_probabilities_are_those_of_teacher_forcing(short: None, kind: str) 
     torch.testing.assert_close(share, expected, rtol=0, atol=0.04)
 
 
+def test_weights_that_are_nan_show_in_the_loss() -> None:
+    """Whose batch is then named, as in other stages; drawing itself would only say that it cannot."""
+    decoder, features = decoder_and_features()
+    torch.nn.init.constant_(decoder.fc.bias, torch.nan)
+    assert SelfCritical(torch.nn.Identity(), decoder, WORD_MAP, TRUE)(features, TRUE).cross_entropy.isnan()
+
+
 def test_the_reward_of_a_trained_model_rises() -> None:
     """Of captions drawn for four pictures, which it can tell apart; Adam, as in train.py."""
     torch.manual_seed(0)

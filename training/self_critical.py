@@ -70,20 +70,27 @@ def draw_captions(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, i
     Returns:
         The words' ids (N, K, T), <end> included and then 0; the log-probability of each (N, K, T), 0 after <end>.
     """
-    search, device = Search(), encoder_out.device
+    search, n, device = Search(), len(encoder_out), encoder_out.device
     forbidden = torch.tensor(search.forbidden_ids(word_map)).to(device, non_blocking=True)
     annotations, state = decoder.start(encoder_out)
-    state = tuple(each.repeat_interleave(k, dim=0) for each in state)           # (N * K, ...); annotations stay N
-    words = torch.full((len(encoder_out) * k,), word_map["<start>"], device=device)     # (R,)
-    going = torch.ones_like(words, dtype=torch.bool)                            # those that have not ended
+    state = tuple(each.repeat_interleave(k, dim=0) for each in state)           # (R, ...); annotations stay N
+    words = torch.full((n * k,), word_map["<start>"], device=device)            # (R,)
+    going = torch.ones_like(words, dtype=torch.bool)                            # captions that have not ended
+    active = torch.arange(n, device=device)                                     # pictures that have any
     drawn, log_probs = [], []
     for _ in range(search.max_len):
         output, _, state = decoder.step(words, annotations, state)
         scores = F.log_softmax(decoder.fc(output).float().index_fill(1, forbidden, -torch.inf), dim=1)      # (R, V)
-        words = torch.multinomial(scores.detach().exp(), 1).squeeze(1) * going  # <pad> is 0
-        drawn.append(words)
-        log_probs.append(scores.gather(1, words.unsqueeze(1)).squeeze(1).masked_fill(~going, 0.0))
+        odds = scores.detach().exp().nan_to_num(1.0)    # of NaN something is drawn: the loss is NaN, and says so
+        words = torch.multinomial(odds, 1).squeeze(1) * going                   # (R,); <pad> is 0
+        log_prob = scores.gather(1, words.unsqueeze(1)).squeeze(1).masked_fill(~going, 0.0)
+        for steps, new in ((drawn, words), (log_probs, log_prob)):
+            steps.append(new.new_zeros(n, k).index_copy(0, active, new.view(-1, k)))
         going = going & (words != word_map["<end>"])
-        if not going.any():  # the one wait for a GPU in a step, as in the search
+        alive = going.view(-1, k).any(dim=1).nonzero().squeeze(1)  # the one wait for a GPU in a step, as in the search
+        if len(alive) == 0:
             break
-    return tuple(torch.stack(each, dim=1).unflatten(0, (-1, k)) for each in (drawn, log_probs))
+        if len(alive) < len(active):
+            annotations, active = annotations.rows(alive), active[alive]
+            words, going, *state = (each.unflatten(0, (-1, k))[alive].flatten(0, 1) for each in (words, going, *state))
+    return torch.stack(drawn, dim=2), torch.stack(log_probs, dim=2)
