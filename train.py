@@ -500,7 +500,8 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
     """The stages that the flags ask for; returns the rows of the log.
 
     Without --checkpoint a stage begins anew, and of both stages the second from the best checkpoint of the first. With
-    it, the checkpoint's own stage is resumed where it stopped; a later stage begins from its weights.
+    it, the checkpoint's own stage is resumed where it stopped; a later stage begins from its weights, and stage 3 from
+    those of the best checkpoint beside it.
     """
     args = run.args
     # The defaults tell which flags were given: one that contradicts the checkpoint's model is refused. Without a
@@ -513,6 +514,7 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
             continue
         if progress and progress.stage < stage and args.stage in ("both", "3"):  # from the best checkpoint so far
             start = read_checkpoint(run.files.best, run.word_map, run.world)
+            run.print0(f"stage {stage} begins with {run.files.best}")
             progress.best_bleu4 = start["scores"].get("bleu4", -1.0)  # somebody may have put another file there
         if not progress:  # from nothing, or from weights alone
             progress = Progress(stage)

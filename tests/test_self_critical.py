@@ -114,14 +114,16 @@ def test_the_gradient_is_on_average_that_of_the_expected_reward(short: None, mon
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_the_probabilities_are_those_of_teacher_forcing(short: None, kind: str) -> None:
     """And the words are drawn by them; nothing comes after <end>. Hard attention looks softly, as in a search."""
-    decoder, features = decoder_and_features(kind)
+    decoder, features = decoder_and_features(kind, n=30)
     SelfCritical(torch.nn.Identity(), decoder, WORD_MAP, TRUE).train()
     torch.manual_seed(0)
     with torch.no_grad():
-        drawn, log_probs = draw_captions(decoder, features, WORD_MAP, 2000)
-        decoder.eval()
-        torch.testing.assert_close(log_probs.double(), log_probs_of(decoder, features, drawn), rtol=1e-5, atol=1e-6)
-        captions = all_captions()
+        drawn, log_probs = draw_captions(decoder, features, WORD_MAP, 2)
+        assert {*(drawn != 0).sum(dim=2).amax(dim=1).tolist()} == {1, 2, 3}  # pictures leave at each step
+        torch.testing.assert_close(log_probs.double(), log_probs_of(decoder.eval(), features, drawn), rtol=1e-5,
+                                   atol=1e-6)
+        captions, features = all_captions(), features[:2]
+        drawn, _ = draw_captions(decoder, features, WORD_MAP, 2000)
         expected = log_probs_of(decoder, features, captions.expand(2, -1, -1)).sum(dim=2).exp()             # (N, M)
     share = (drawn.unsqueeze(2) == captions).all(dim=3).double().mean(dim=1)
     assert share.sum(dim=1).tolist() == pytest.approx([1, 1])
@@ -225,7 +227,8 @@ def test_no_worse_model_replaces_the_best_of_an_earlier_stage(prepared: Prepared
 
 
 def test_it_begins_with_the_best_checkpoint_and_watches_cider(prepared: Prepared, trained: Path, tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+                                                              monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
     """Not with the last, though that is named; and BLEU-4 decides nothing any more."""
     folder = shutil.copytree(trained, tmp_path / "copy")
     best = load(folder, prepared, "BEST_checkpoint_")
@@ -241,6 +244,7 @@ def test_it_begins_with_the_best_checkpoint_and_watches_cider(prepared: Prepared
         run, stage, start))
     run(prepared, folder, *stage_3(folder, prepared), "--checkpoint", folder / f"checkpoint_{prepared.name}.pth.tar")
     assert same(begun[0]["decoder"], best["decoder"])
+    assert f"stage 3 begins with {folder / 'BEST_checkpoint_'}" in capsys.readouterr().out
     assert load(folder, prepared, "BEST_checkpoint_")["scores"]["cider"] == 0.35
     training = load(folder, prepared)["training"]
     assert (training["best_cider"], training["best_bleu4"], training["epochs_since_improvement"]) == (0.35, 7.0, 1)
