@@ -40,6 +40,7 @@ from utils import World, add_device_flags, gather_in_order, loader_workers, prog
 
 References = Sequence[Sequence[Sequence[str]]]  # of each picture all that people wrote, as words
 SHOWN = 12  # of the gallery's best captions, and of its worst
+BAD_ENDINGS = frozenset("a an the in for at of with before after on upon near to is are am".split())
 COLUMNS = ("beam", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "unfinished", "seconds",
            "images/s")
 
@@ -73,8 +74,20 @@ def score(references: References, captions: Sequence[Sequence[str]]) -> dict[str
     scores["METEOR"] = meteor(references, captions) if shutil.which("java") else None
     pairs = _coco(references, captions)
     scores["ROUGE-L"] = 100 * float(Rouge().compute_score(*pairs)[0])
-    scores["CIDEr"] = float(Cider().compute_score(*pairs)[0])
+    scores["CIDEr"] = cider(references, captions)[0]
+    scores["bad endings"] = bad_endings(captions)
     return scores
+
+
+def cider(references: References, captions: Sequence[Sequence[str]]) -> tuple[float, Sequence[float]]:
+    """CIDEr of all captions, 0 to 10, and of each."""
+    mean, each = Cider().compute_score(*_coco(references, captions))
+    return float(mean), each
+
+
+def bad_endings(captions: Sequence[Sequence[str]]) -> float:
+    """Per cent of the captions that break off ("a dog with a"), as a model may learn to where scores reward it."""
+    return 100 * sum(bool(BAD_ENDINGS.intersection(words[-1:])) for words in captions) / len(captions)
 
 
 def meteor(references: References, captions: Sequence[Sequence[str]]) -> float | None:
@@ -131,8 +144,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDataset, references: References,
                   captions: Sequence[Caption], search: Search) -> None:
     """The captions with the highest and the lowest CIDEr on a page, beside those that people wrote."""
-    cider = Cider().compute_score(*_coco(references, [each.words for each in captions]))[1]  # one for each picture
-    order = sorted(range(len(captions)), key=lambda i: -cider[i])
+    by_picture = cider(references, [each.words for each in captions])[1]
+    order = sorted(range(len(captions)), key=lambda i: -by_picture[i])
     half = min(SHOWN, (len(order) + 1) // 2)  # no picture is shown twice
     sections = {}
     for heading, shown in (("Best by CIDEr", order[:half]), ("Worst by CIDEr", order[half:][::-1][:half])):
@@ -140,7 +153,7 @@ def write_gallery(args: argparse.Namespace, model: Captioner, dataset: CaptionDa
         # Captioned again, as the alphas of all pictures were not kept.
         found = caption_images(model, pictures, search, args.batch_size)
         sections[heading] = [
-            html_figure(picture, f"picture {dataset.image_ids[i]}", n_best, f"CIDEr {cider[i]:.2f}",
+            html_figure(picture, f"picture {dataset.image_ids[i]}", n_best, f"CIDEr {by_picture[i]:.2f}",
                         [" ".join(words) for words in references[i]])
             for i, picture, n_best in zip(shown, pictures, found, strict=True)]
     penalty = search.length_penalty

@@ -402,13 +402,14 @@ def hard_attention_loss(decoded: Decoded, cross_entropy: Tensor, baseline: Tenso
 class Losses(NamedTuple):
     """The parts of the loss and their counts: sums, so that they add up over batches and processes."""
 
-    cross_entropy: Tensor       # summed over the words
+    cross_entropy: Tensor       # summed over the words; in stage 3 the loss of train.SelfCritical takes its place
     doubly_stochastic: Tensor   # summed over the captions
     top5: Tensor                # how many words were among the five most probable; 0 in training
     words: Tensor               # how many
     captions: Tensor            # how many
     entropy: Tensor = 0.0       # of the attention, summed over the words; 0 in training
     hard: Tensor = 0.0          # hard attention's own part, a gradient alone: its value is 0
+    reward: Tensor = 0.0        # of the captions drawn in stage 3, summed over them; 0 in other stages
 
     def mean(self, totals: Losses, alpha_c: float) -> Tensor:
         """This process's part of the loss (equation 14): its sums, divided by the counts of all processes (`totals`),
@@ -427,14 +428,14 @@ def caption_losses(decoded: Decoded, label_smoothing: float = 0.0, baseline: Ten
     scores, alphas = decoded.scores.data.float(), decoded.alphas.float()        # (words, V), (N, T, P)
     targets = pack_padded_sequence(decoded.captions[:, 1:], decoded.decode_lengths, batch_first=True).data  # (words,)
     cross_entropy = F.cross_entropy(scores, targets, reduction="none", label_smoothing=label_smoothing)     # (words,)
-    top5 = entropy = hard = scores.new_zeros(())
+    top5 = entropy = hard = reward = scores.new_zeros(())
     if decoded.log_places is not None:
         hard = hard_attention_loss(decoded, cross_entropy, baseline)
     if not scores.requires_grad:  # nothing shows these of a training step
         top5 = (scores.topk(min(5, scores.size(1)), dim=1).indices == targets.unsqueeze(1)).sum().float()
         entropy = alpha_entropy(alphas).sum()
     words, captions = scores.new_full((), len(targets)), scores.new_full((), len(decoded.captions))
-    return Losses(cross_entropy.sum(), doubly_stochastic(alphas).sum(), top5, words, captions, entropy, hard)
+    return Losses(cross_entropy.sum(), doubly_stochastic(alphas).sum(), top5, words, captions, entropy, hard, reward)
 
 
 class Caption(NamedTuple):

@@ -1,9 +1,11 @@
-"""Training in two stages: first the decoder on a frozen encoder, then both, from the best checkpoint of the first.
+"""Training in two stages: first the decoder on a frozen encoder, then both, from the best checkpoint of the first. A
+third, only where it is asked for, rewards whole captions.
 
     python train.py                                        # both stages, on the GPU if there is one
     torchrun --nproc_per_node=8 train.py                   # eight GPUs, and a batch eight times as large
     python train.py @recipes/tuned.txt                     # flags from a file; those after it win
     python train.py --checkpoint auto                      # resumes the run in this folder, or begins one
+    python train.py --stage 3 --checkpoint BEST_...        # self-critical training of what the others trained
     sbatch recipes/slurm.sh                                # two nodes of four GPUs under Slurm
 
 Each epoch ends with a validation, a line in log_*.jsonl, the curves and the gaze as pictures, and a checkpoint. Ctrl-C,
@@ -37,7 +39,7 @@ from torch.utils.data import DataLoader
 import datasets
 from caption import Captioner, Search, beam_search
 from datasets import CaptionDataset, EpochSampler, Pictures, augment, encode, image_loader, loader_options
-from eval import bleu
+from eval import bad_endings, bleu, cider
 from models import (
     ATTENTIONS,
     DECODERS,
@@ -59,9 +61,10 @@ from safety.pictures import check_pixels
 from training.curves import draw_curves
 from training.features import keep_features
 from training.gaze import draw_gaze, shown_pictures
-from training.progress import Progress, Watch, for_stage, mean_loss
+from training.progress import Progress, Watch, epoch_line, for_stage, mean_loss, tunes_encoder
 from training.resume import (
     AUTO,
+    GOES_ON,
     OutputFiles,
     claimed_output_folder,
     first_checkpoint,
@@ -71,6 +74,7 @@ from training.resume import (
     read_checkpoint,
     resume_command,
 )
+from training.self_critical import SAMPLES, SelfCritical
 from utils import (
     World,
     add_device_flags,
@@ -85,7 +89,7 @@ from utils import (
     sum_over,
 )
 
-PATIENCE = 20                    # a stage ends after so many epochs without a better BLEU-4
+PATIENCE = 20                    # a stage ends after so many epochs without a better BLEU-4 (stage 3: CIDEr)
 DECAY_EVERY, DECAY = 8, 0.8      # the learning rates shrink after so many, by this factor
 WARM_UP = 100                    # steps in which --schedule cosine brings the learning rates up
 VALIDATION_BATCH = 64            # pictures, with all their captions
@@ -108,21 +112,22 @@ class Run(NamedTuple):
 class Training(NamedTuple):
     """Models and optimizers of a stage."""
 
-    model: nn.Module                              # TeacherForcing; with several processes, wrapped
+    model: nn.Module                              # TeacherForcing or SelfCritical; with several processes, wrapped
     captioner: Captioner                          # the same encoder and decoder
-    optimizers: dict[str, torch.optim.Optimizer]  # "decoder", and "encoder" in stage 2 alone
+    optimizers: dict[str, torch.optim.Optimizer]  # "decoder", and "encoder" where it is tuned
     scaler: torch.amp.GradScaler                  # of float16's loss; in other precisions it does nothing
     arguments: dict[str, Any]                     # with which `models.build` builds encoder and decoder again
 
 
 # A Progress says where a stage stands: `epoch` (how many are done), `step`, `sums` and `seconds` of the one under way,
-# `best_bleu4`, `epochs_since_improvement`, and `log`, a row for each epoch of both stages.
+# `best_bleu4` or `best_cider`, `epochs_since_improvement`, and `log`, a row for each epoch of all stages.
 
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 class TeacherForcing(nn.Module):
-    """Pictures and captions to losses: the one module that DistributedDataParallel wraps."""
+    """Pictures and captions to losses: the one module that DistributedDataParallel wraps. In stage 3 it is SelfCritical
+    (training/self_critical.py), where the gradient of self-critical training is one line."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
@@ -148,11 +153,11 @@ def train_step(run: Run, training: Training, batch: tuple[Tensor, ...], sampling
         has_share: False where the batch is a dummy item, because an epoch's last batch has none for this process.
 
     Returns:
-        The sums of the batch over all processes, (5,), as `Losses` orders them.
+        The sums of the batch over all processes, as `Losses` orders them.
     """
     images, captions, lengths = batch
     images = run.train.look_up(images)
-    if run.args.augment and "encoder" in training.optimizers:                   # in stage 2
+    if run.args.augment and "encoder" in training.optimizers:                   # where it is tuned
         images = augment(images.to(run.world.device, non_blocking=True))
     with autocast(run.world.device, run.precision):
         losses = training.model(images, captions, lengths, sampling, run.args.label_smoothing)
@@ -170,7 +175,7 @@ def train_step(run: Run, training: Training, batch: tuple[Tensor, ...], sampling
         training.scaler.step(optimizer)  # leaves the step out where a gradient is infinite or NaN
     training.scaler.update()
     attention = getattr(training.captioner.decoder, "attention", None)
-    if isinstance(attention, HardAttention):
+    if isinstance(attention, HardAttention) and attention.training:
         attention.move_baseline(sums[0] / sums[3])  # cross entropy, words
     return sums
 
@@ -184,10 +189,10 @@ def learning_parameters(training: Training) -> list[nn.Parameter]:
 def train_epoch(run: Run, training: Training, loader: DataLoader, progress: Progress) -> dict[str, Any]:
     """One pass over the captions, or what is left of it; returns the first half of the log's row."""
     args, sampler = run.args, loader.batch_sampler  # an EpochSampler
-    epochs = for_stage(args.epochs, progress.stage)
+    epochs = for_stage(vars(args), "epochs", progress.stage)
     sampling = args.scheduled_sampling * progress.epoch / max(epochs - 1, 1)
     sampler.epoch, sampler.first_step = progress.epoch, progress.step  # as far as a run that is resumed had come
-    training.captioner.decoder.train()
+    training.model.train()
     # Gives the batches from first_step on, adds up their losses in progress.sums, shows them, saves from time to time,
     # and raises Stopped after Ctrl-C.
     with Watch(args, run.world, progress, sampler.steps, lambda: save(run, training, progress)) as watch:
@@ -200,15 +205,17 @@ def train_epoch(run: Run, training: Training, loader: DataLoader, progress: Prog
                 for name, rate in learning_rates(vars(args), progress.stage).items():
                     set_learning_rate(training, name, share * rate)
             watch.after_step(train_step(run, training, batch, sampling, sampler.has_share(step)))
-    return {"stage": progress.stage, "epoch": progress.epoch + 1, "train_loss": mean_loss(progress.sums, args.alpha_c),
-            "captions_per_second": len(run.train) / progress.seconds, "seconds": progress.seconds,
-            "decoder_lr": training.optimizers["decoder"].param_groups[0]["lr"]}
+    sums = Losses(*progress.sums)
+    row = {"stage": progress.stage, "epoch": progress.epoch + 1, "train_loss": mean_loss(progress.sums, args.alpha_c),
+           "captions_per_second": sums.captions / progress.seconds, "seconds": progress.seconds,
+           "decoder_lr": training.optimizers["decoder"].param_groups[0]["lr"]}
+    return row | ({"reward": sums.reward / sums.captions} if progress.stage == 3 else {})
 
 
 def learning_rates(args: dict[str, Any], stage: int) -> dict[str, float]:
     """The rates at a stage's beginning, by optimizer; `args` are this run's flags, or those of a checkpoint's run."""
-    rates = {"decoder": for_stage(args["decoder_lr"], stage)}
-    return rates | {"encoder": args["encoder_lr"]} if stage == 2 else rates
+    rates = {"decoder": for_stage(args, "decoder_lr", stage)}
+    return rates | {"encoder": args["encoder_lr"]} if tunes_encoder(args, stage) else rates
 
 
 def cosine(step: int, steps: int) -> float:
@@ -273,11 +280,13 @@ def validate_epoch(run: Run, training: Training, loader: DataLoader) -> tuple[di
     losses, bleu4_teacher_forced, captions = validate(training.captioner, run.val, loader, run.world)
     lines = [printable(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})")
              for i in shown_pictures(run.val)]
+    scores = run.world.rank == 0 and {"bleu4": bleu(run.val_references, captions)[3],
+                                      "cider": cider(run.val_references, captions)[0]}
     return {"val_loss": mean_loss(losses, run.args.alpha_c), "val_cross_entropy": losses.cross_entropy / losses.words,
             "val_doubly_stochastic": losses.doubly_stochastic / losses.captions,
             "val_top5": 100 * losses.top5 / losses.words, "alpha_entropy": losses.entropy / losses.words,
-            "bleu4": broadcast(bleu(run.val_references, captions)[3] if run.world.rank == 0 else None, run.world),
-            "bleu4_teacher_forced": bleu4_teacher_forced}, lines
+            **broadcast(scores, run.world), "bleu4_teacher_forced": bleu4_teacher_forced,
+            "length": sum(map(len, captions)) / len(captions), "bad_endings": bad_endings(captions)}, lines
 
 
 # ---- the stages ------------------------------------------------------------------------------------------------------
@@ -285,23 +294,23 @@ def validate_epoch(run: Run, training: Training, loader: DataLoader) -> tuple[di
 def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> None:
     """Epochs of training and validation until there is no more progress; `start` is the checkpoint to begin from."""
     args, world, stage = run.args, run.world, progress.stage
-    epochs, batch_size = for_stage(args.epochs, stage), for_stage(args.batch_size, stage)
+    epochs, tunes = for_stage(vars(args), "epochs", stage), tunes_encoder(vars(args), stage)
     training = build_training(run, stage, start)
     for dataset in (run.train, run.val):
         dataset.features = None
-        if args.cache_features and stage == 1:
+        if args.cache_features and not tunes:
             keep_features(dataset, training.captioner, args.workers, world.rank == 0)  # sets dataset.features
-    items, captions_each = (Pictures(run.train), run.train.cpi) if args.whole_images else (run.train, 1)
-    order = 2 * args.seed + stage  # another in each stage
-    # Of a picture the longest of its captions: it is decoded as long as that.
-    lengths = torch.from_numpy(run.train.caplens).view(-1, captions_each).amax(dim=1) if args.bucket else None
-    sampler = EpochSampler(len(items), max(1, batch_size // captions_each), order, world.rank, world.size, lengths)
-    loader = DataLoader(items, batch_sampler=sampler, **loader_options(args.workers, world))
-    val_loader = image_loader(run.val, VALIDATION_BATCH, args.workers, world)
-    run.print0(f"stage {stage} ({'encoder too' if stage == 2 else 'decoder only'}): {len(run.train)} captions in "
-               f"{sampler.steps} batches, {world.size} x {world.device} in {run.precision}; begins at epoch "
-               f"{progress.epoch + 1}, batch {progress.step + 1}; best BLEU-4 so far "
-               f"{max(progress.best_bleu4, 0):.2f}, {progress.epochs_since_improvement} epochs without a better one")
+    loader, val_loader = training_loader(run, stage), image_loader(run.val, VALIDATION_BATCH, args.workers, world)
+    if stage == 3 and progress.best_cider < 0:  # unknown; but no worse model may replace the one that it begins with
+        progress.best_cider = validate_epoch(run, training, val_loader)[0]["cider"]
+        if not run.files.best.exists():
+            save(run, training, progress, improved=True)
+    items = f"{SAMPLES} captions drawn of each of {run.train.n_images} pictures" if stage == 3 else (
+        f"{len(run.train)} captions")
+    run.print0(f"stage {stage} ({'encoder too' if tunes else 'decoder only'}): {items} in "
+               f"{loader.batch_sampler.steps} batches, {world.size} x {world.device} in {run.precision}; begins at "
+               f"epoch {progress.epoch + 1}, batch {progress.step + 1}; best {progress.best_shown} so far, "
+               f"{progress.epochs_since_improvement} epochs without a better one")
 
     even = 2 * math.log(training.arguments["encoded_image_size"])  # ln P: the entropy of a gaze that is even
 
@@ -320,14 +329,23 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
         if world.rank == 0:
             draw_gaze(training.captioner, run.val, run.files.gaze, f"epoch {len(progress.log)}")
         run.print0("\n".join(examples))  # only now, with all in its files
-        run.print0(f"stage {stage}, epoch {progress.epoch} of {epochs}: train loss {row['train_loss']:.3f}, val loss "
-                   f"{row['val_loss']:.3f} ({row['val_cross_entropy']:.3f} words, {row['val_doubly_stochastic']:.3f} "
-                   f"attention), top-5 {row['val_top5']:.1f} %, entropy {row['alpha_entropy']:.2f} of at most "
-                   f"{even:.2f}, BLEU-4 {row['bleu4']:.2f} generated "
-                   f"({row['bleu4_teacher_forced']:.2f} teacher-forced), best {progress.best_bleu4:.2f}, "
-                   f"{row['seconds']:.0f} s")
-    why = "all its epochs are done" if progress.epoch >= epochs else f"no better BLEU-4 for {PATIENCE} epochs"
-    run.print0(f"stage {stage} is over, {why}. Best BLEU-4 {progress.best_bleu4:.2f}: {run.files.best}")
+        run.print0(epoch_line(row, progress, epochs, even))
+    why = "all its epochs are done" if progress.epoch >= epochs else f"no better {progress.score} for {PATIENCE} epochs"
+    run.print0(f"stage {stage} is over, {why}. Best {progress.best_shown}: {run.files.best}")
+
+
+def training_loader(run: Run, stage: int) -> DataLoader:
+    """Batches of captions, or of whole pictures; in stage 3 always of these, for each of which captions are drawn."""
+    args, world, whole = run.args, run.world, run.args.whole_images or stage == 3
+    items = Pictures(run.train) if whole else run.train
+    captions_each = SAMPLES if stage == 3 else run.train.cpi if whole else 1
+    order = 2 * args.seed + stage  # another in each stage
+    # Of a picture the longest of its captions: it is decoded as long as that.
+    bucket = args.bucket and stage < 3
+    lengths = torch.from_numpy(run.train.caplens).view(-1, captions_each).amax(dim=1) if bucket else None
+    batch_size = max(1, for_stage(vars(args), "batch_size", stage) // captions_each)
+    sampler = EpochSampler(len(items), batch_size, order, world.rank, world.size, lengths)
+    return DataLoader(items, batch_sampler=sampler, **loader_options(args.workers, world))
 
 
 def save(run: Run, training: Training, progress: Progress, improved: bool = False) -> None:
@@ -368,7 +386,7 @@ def build_training(run: Run, stage: int, start: dict[str, Any] | None) -> Traini
         encoder, decoder = restore({**start, "model": arguments}, args.checkpoint or run.files.best)
     else:
         arguments, encoder, decoder = new_models(run)
-    encoder.fine_tune(stage == 2)
+    encoder.fine_tune(tunes_encoder(vars(args), stage))
     if args.freeze_embeddings:
         decoder.fine_tune_embeddings(False)
     encoder, decoder = encoder.to(world.device), decoder.to(world.device)
@@ -376,15 +394,17 @@ def build_training(run: Run, stage: int, start: dict[str, Any] | None) -> Traini
         encoder.resnet.compile()  # in place: the names of its weights stay
         decoder.step = torch.compile(decoder.step, dynamic=True)  # of ever fewer captions, by one program
     model: nn.Module = TeacherForcing(encoder, decoder)
+    if stage == 3:
+        captions = torch.from_numpy(run.train.captions).long().view(run.train.n_images, run.train.cpi, -1)
+        model = SelfCritical(encoder, decoder, run.word_map, captions.to(world.device))
     if world.size > 1:
         model = DistributedDataParallel(model)  # gives all ranks the weights and buffers of rank 0
         model.broadcast_buffers = False  # not at every step again: BatchNorm is in eval mode
 
-    learning = {"decoder": decoder} | ({"encoder": encoder} if stage == 2 else {})
     optimizers: dict[str, torch.optim.Optimizer] = {
-        name: torch.optim.Adam([each for each in module.parameters() if each.requires_grad],
-                               lr=learning_rates(vars(args), stage)[name], fused=True)
-        for name, module in learning.items()}
+        name: torch.optim.Adam([each for each in {"encoder": encoder, "decoder": decoder}[name].parameters()
+                                if each.requires_grad], lr=rate, fused=True)
+        for name, rate in learning_rates(vars(args), stage).items()}
     scaler = torch.amp.GradScaler(world.device.type, enabled=run.precision == "float16")
     training = Training(model, Captioner(encoder, decoder, run.word_map, run.precision), optimizers, scaler, arguments)
     if start and start["training"]:  # the original tutorial's checkpoints, and published ones, have none
@@ -395,7 +415,7 @@ def build_training(run: Run, stage: int, start: dict[str, Any] | None) -> Traini
 
 def load_optimizers(training: Training, before: dict[str, Any], args: argparse.Namespace, stage: int) -> list[str]:
     """Adam's averages and learning rates from a checkpoint; the rates only if the flags ask for the same as its did.
-    Stage 2 takes the decoder's from the checkpoint of stage 1, and begins the encoder's anew.
+    A later stage takes those of the checkpoint that it begins from: stage 2 the decoder's, the encoder's being new.
 
     Returns:
         Those that do not fit, and begin anew: weights do not need them.
@@ -485,7 +505,8 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
     """The stages that the flags ask for; returns the rows of the log.
 
     Without --checkpoint a stage begins anew, and of both stages the second from the best checkpoint of the first. With
-    it, the checkpoint's own stage is resumed where it stopped; a later stage begins from its weights.
+    it, the checkpoint's own stage is resumed where it stopped; a later stage begins from its weights, and stage 3 from
+    those of the best checkpoint beside it.
     """
     args = run.args
     # The defaults tell which flags were given: one that contradicts the checkpoint's model is refused. Without a
@@ -496,13 +517,14 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
     for stage in (1, 2) if args.stage == "both" else (int(args.stage),):
         if progress and stage < progress.stage:
             continue
-        if args.stage == "both" and stage == 2 and progress.stage == 1:  # from the best checkpoint of stage 1
+        if progress and progress.stage < stage and args.stage in ("both", "3"):  # from the best checkpoint so far
             start = read_checkpoint(run.files.best, run.word_map, run.world)
+            run.print0(f"stage {stage} begins with {run.files.best}")
             progress.best_bleu4 = start["scores"].get("bleu4", -1.0)  # somebody may have put another file there
         if not progress:  # from nothing, or from weights alone
             progress = Progress(stage)
         elif progress.stage < stage:  # else the checkpoint's own stage is resumed
-            progress = Progress(stage, progress.best_bleu4, progress.log)
+            progress = Progress(stage, progress.best_bleu4, progress.log, best_cider=start["scores"].get("cider", -1.0))
         run_stage(run, progress, start)
     return progress.log
 
@@ -516,20 +538,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--attention {args.attention}: the decoder {args.decoder} is no DecoderWithAttention; leave "
                          "the flag out")
     for name in ("epochs", "batch_size", "decoder_lr"):
-        if len(getattr(args, name)) > 2:
-            raise UsageError(f"--{name} takes one number for both stages, or two, one for each")
+        if len(getattr(args, name)) > 3:
+            raise UsageError(f"--{name} takes one number for stages 1 and 2, or one for each, and a third for stage 3")
     if args.freeze_embeddings and not args.embeddings and args.checkpoint in (None, AUTO):  # which may begin anew
         raise UsageError("--freeze_embeddings freezes pretrained embeddings; name their file with --embeddings")
     if (args.embeddings or args.freeze_embeddings) and not hasattr(DECODERS[args.decoder], "fine_tune_embeddings"):
         raise UsageError(f"--embeddings, --freeze_embeddings: the decoder {args.decoder} has no fine_tune_embeddings, "
                          "load_pretrained_embeddings; leave them out")
-    if args.stage == "2" and not args.checkpoint:
-        raise UsageError("--stage 2 fine-tunes what stage 1 trained; name its best checkpoint with --checkpoint")
+    if args.stage in GOES_ON and not args.checkpoint:
+        raise UsageError(f"--stage {args.stage} goes on with what an earlier stage trained; name its best checkpoint "
+                         "with --checkpoint")
 
 
 def unused_flags(args: argparse.Namespace) -> list[str]:
     """Those that the chosen stage does not use: a recipe serves every stage."""
-    unused = {"1": ("augment", "encoder_lr"), "2": ("cache_features",)}.get(args.stage, ())
+    if args.stage == "both":
+        return []
+    tunes = tunes_encoder(vars(args), int(args.stage))
+    unused = ("cache_features",) if tunes else ("augment", "encoder_lr")
+    if args.stage == "3":
+        unused += ("bucket", "label_smoothing", "scheduled_sampling")
     return [f"--{name}" for name in unused if getattr(args, name) != get_parser().get_default(name)]
 
 
@@ -548,27 +576,35 @@ def get_parser() -> argparse.ArgumentParser:
     add("--decoder_dim", type=integer(1), default=512, metavar="N", help="dimensions of the LSTM (default: 512)")
     add("--dropout", type=real(0, 1, "[)"), default=0.5, metavar="P", help="before the vocabulary layer (default: 0.5)")
     add("--epochs", type=integer(1), nargs="+", default=[20, 120], metavar="N",
-        help="at most, by stage (default: 20 120)")
+        help="at most, by stage (default: 20 120 20)")
     add("--batch_size", type=integer(1), nargs="+", default=[80, 32], metavar="N",
-        help="captions per process, by stage (default: 80 32)")
+        help="captions per process, by stage (default: 80 32 80)")
     add("--workers", type=integer(0), metavar="N",
         help="processes that read pictures (default: 4 at most for a GPU, 0 on a CPU)")
     add("--encoder_lr", type=real(0, ends="()"), default=1e-4, metavar="R",
         help="Adam's rate for the encoder (default: 1e-4)")
     add("--decoder_lr", type=real(0, ends="()"), nargs="+", default=[4e-4], metavar="R",
-        help="Adam's rate for the decoder, by stage (default: 4e-4 in both)")
+        help="Adam's rate for the decoder, by stage; one number is for stages 1 and 2, as is one of --epochs and "
+        "--batch_size (default: 4e-4 4e-4 5e-5)")
     add("--grad_clip", type=real(0, ends="()"), default=5.0, metavar="G",
         help="each gradient is cut off at plus and minus this (default: 5)")
     add("--alpha_c", type=real(0), default=1.0, metavar="W", help="weight of the doubly stochastic term (default: 1)")
     add("--print_freq", type=integer(1), default=100, metavar="N",
         help="batches between two looks at the loss (default: 100)")
-    add("--fine_tune_encoder", action="store_const", const="2", dest="stage", default="both",
-        help="the same as --stage 2")
+    add("--fine_tune_encoder", action=FineTuneEncoder, nargs=0, default=False,
+        help="the same as --stage 2; with --stage 3, tune the encoder there too")
     add("--checkpoint", metavar="FILE|auto",
         help="resume from here, or, where it is of other data, begin from its weights; auto: resume the run's own in "
         "--output_folder, and begin where there is none")
     add_more_flags(parser)
     return parser
+
+
+class FineTuneEncoder(argparse.Action):
+    """Names stage 2, unless it is stage 3 that is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, *_: Any) -> None:
+        args.fine_tune_encoder, args.stage = True, "3" if args.stage == "3" else "2"
 
 
 def add_more_flags(parser: argparse.ArgumentParser) -> None:
@@ -591,22 +627,25 @@ def add_more_flags(parser: argparse.ArgumentParser) -> None:
     add("--embeddings", metavar="FILE", help="pretrained word vectors in GloVe's text format; sets --emb_dim")
     add("--freeze_embeddings", action="store_true", help="leave the pretrained word vectors as they are")
     add = parser.add_argument_group("training").add_argument
-    add("--stage", choices=("1", "2", "both"), default="both",
-        help="1: decoder only; 2: fine-tuning of the encoder too, from --checkpoint; both in turn (default: both)")
+    add("--stage", choices=("1", "2", "3", "both"), default="both",
+        help="1: decoder only; 2: fine-tuning of the encoder too, from --checkpoint; both in turn; 3: self-critical "
+        "training, from the best checkpoint of the run that --checkpoint is of (default: both)")
     add("--whole_images", action="store_true",
         help="batches of pictures with all their captions: each picture is encoded once an epoch, not once a caption")
     add("--bucket", action="store_true",
         help="batches of captions of like length: fewer steps of decoding, another order")
     add("--cache_features", action="store_true",
-        help="in stage 1, keep what the encoder makes of each picture beside the data, and never encode it again")
+        help="where it is frozen, keep what the encoder makes of each picture beside the data, and never encode it "
+        "again")
     add("--scheduled_sampling", type=real(0, 1), default=0.0, metavar="P",
         help="probability of feeding the model's own word, reached linearly at a stage's last epoch (default: 0)")
     add("--label_smoothing", type=real(0, 1, "[)"), default=0.0, metavar="S",
         help="share of the true word's probability that the training target gives to all words alike (default: 0)")
     add("--schedule", choices=("plateau", "cosine"), default="plateau",
-        help="learning rates fall where BLEU-4 stands still, or within 100 steps rise and then along half a "
-        "cosine fall to 0 over a stage's epochs (default: plateau)")
-    add("--augment", action="store_true", help="in stage 2, mirror, crop and recolour the pictures at random")
+        help="learning rates fall where BLEU-4 (stage 3: CIDEr) stands still, or within 100 steps rise and then along "
+        "half a cosine fall to 0 over a stage's epochs (default: plateau)")
+    add("--augment", action="store_true",
+        help="where the encoder is tuned, mirror, crop and recolour the pictures at random")
     add("--seed", type=integer(0, 2 ** 32 - 1), default=0, metavar="N",
         help="for first weights, order of captions and dropout (default: 0)")
     add = parser.add_argument_group("running").add_argument

@@ -307,11 +307,11 @@ TRAIN: dict[str, Case] = {
     "all smoothed": (None, ["--label_smoothing", "1"], 2, ["--label_smoothing: 1: a number from 0 to below 1"]),
     "an unknown schedule": (None, ["--schedule", "sine"], 2, ["--schedule", "plateau", "cosine"]),
     "a recipe that is not there": (None, ["@nothing.txt"], 2, ["nothing.txt"]),
-    "three stages of rates": (None, ["--decoder_lr", "1", "2", "3"], 2, ["--decoder_lr takes one number"]),
-    "three stages of epochs": (None, ["--epochs", "1", "2", "3"], 2, ["--epochs takes one number"]),
+    "four stages of rates": (None, ["--decoder_lr", "1", "2", "3", "4"], 2, ["--decoder_lr takes one number"]),
+    "four stages of epochs": (None, ["--epochs", "1", "2", "3", "4"], 2, ["--epochs takes one number"]),
     "no captions": (None, ["--batch_size", "0"], 2, ["--batch_size: 0: a whole number of 1 or more"]),
     "no words": (None, ["--emb_dim", "0"], 2, ["--emb_dim: 0: a whole number of 1 or more"]),
-    "a third stage": (None, ["--stage", "3"], 2, ["--stage", "'3'"]),
+    "a fourth stage": (None, ["--stage", "4"], 2, ["--stage", "'4'"]),
     "fine-tuning of nothing": (None, ["--stage", "2"], 2, ["--stage 2", "--checkpoint"]),
     "frozen embeddings of nowhere": (None, ["--freeze_embeddings"], 2, ["--freeze_embeddings", "--embeddings"]),
     "a path for a name": (None, ["--data_name", "/../../x"], 2, ["--data_name /../../x", "--data_folder"]),
@@ -459,6 +459,9 @@ def test_strange_pictures_are_prepared_and_captioned(tmp_path, command):
     (["--stage", "1", "--augment"], ["--augment"]),
     (["--stage", "1", "--encoder_lr", "0.1", "--augment"], ["--augment", "--encoder_lr"]),
     (["--stage", "2", "--checkpoint", "x", "--cache_features", "--augment"], ["--cache_features"]),
+    (["--stage", "3", "--checkpoint", "x", "--cache_features", "--augment", "--bucket"], ["--augment", "--bucket"]),
+    (["--stage", "3", "--checkpoint", "x", "--fine_tune_encoder", "--cache_features", "--bucket"],
+     ["--cache_features", "--bucket"]),
     (["--cache_features", "--augment", "--encoder_lr", "0.1"], [])])
 def test_flags_that_a_stage_does_not_use_are_named_and_fine(flags, unused):
     """A recipe for both stages serves one of them, too."""

@@ -29,7 +29,7 @@ import eval as evaluation
 import train
 from caption import Captioner, Search, beam_search, by_consensus, caption_pixels
 from datasets import CaptionDataset, image_loader, load_word_map, normalize, reverse, words_of
-from eval import bleu, brevity_penalty, generate_captions, meteor, score
+from eval import bad_endings, bleu, brevity_penalty, generate_captions, meteor, score
 from models import Decoded, DecoderWithAttention, Encoder, Losses, caption_losses
 from safety.checkpoints import save_checkpoint
 from safety.errors import InputError
@@ -134,7 +134,12 @@ def test_nothing_and_unknown_words_match_nothing(caption, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = score([words("a <unknown> one"), words("the <unknown>")], words(caption, caption))
     assert 0 <= found.pop("brevity penalty") <= 1
+    assert found.pop("bad endings") == 0
     assert [found.pop("METEOR"), *found.values()] == [None, *[pytest.approx(0, abs=1e-3)] * 6]
+
+
+def test_captions_that_break_off_are_counted():
+    assert bad_endings(words("a dog with a", "a dog", "", "a dog is", "on top", "near")) == pytest.approx(100 * 3 / 6)
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs Java")

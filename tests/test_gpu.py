@@ -29,13 +29,15 @@ from training.features import encode_batch
 from training.progress import mean_loss
 from utils import World, autocast
 
-EVERYTHING = ("--epochs", "1", "--cache_features", "--augment", "--scheduled_sampling", "0.5", "--label_smoothing",
-              "0.1", "--precision", "bfloat16")
+EVERYTHING = ("--epochs", "1", "1", "1", "--cache_features", "--augment", "--scheduled_sampling", "0.5",
+              "--label_smoothing", "0.1", "--precision", "bfloat16")
 
 
 def scripts(prepared: Prepared, folder: Path, device: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Both stages of train.py, then eval.py with a gallery; the rows of both, without times."""
-    log = train.main(train.get_parser().parse_args([*flags(prepared, folder), *EVERYTHING, "--device", device]))
+    """All stages of train.py, then eval.py with a gallery; the rows of both, without times."""
+    arguments = [*flags(prepared, folder), *EVERYTHING, "--device", device]
+    train.main(train.get_parser().parse_args(arguments))
+    log = train.main(train.get_parser().parse_args([*arguments, "--stage", "3", "--checkpoint", "auto"]))
     table = evaluation.main(evaluation.get_parser().parse_args(
         ["--data_folder", str(prepared.folder), "--data_name", prepared.name, "--device", device, "--beam_size", "1",
          "3", "--precision", "bfloat16", "--checkpoint", str(folder / f"BEST_checkpoint_{prepared.name}.pth.tar"),
@@ -55,12 +57,12 @@ def test_the_scripts_do_on_a_gpu_what_they_do_on_a_cpu(prepared: Prepared, tmp_p
         expected = scripts(prepared, tmp_path / "cpu", "cpu")
     with feigned_gpu() as seen:
         assert scripts(prepared, tmp_path / "gpu", "cuda:0") == expected
-    assert seen.operations["aten._fused_adam_.default"] == 4 + 4 * 2  # steps of stage 1, and of stage 2 twice
-    # Training waits where it looks at the losses, and at no other place of a step.
+    assert seen.operations["aten._fused_adam_.default"] == 4 + 4 * 2 + 1  # of stage 1, of stage 2 twice, of stage 3
+    # Training waits where it looks at the losses, and at no other place of a step, but where captions are drawn.
     assert set(seen.waits) == {"choose_device", "build_training", "load_optimizers", "keep_features", "look_at_losses",
                                "save", "save_checkpoint", "load_models", "validate", "predicted_words", "beam_search",
-                               "to_captions", "copy_to"}
-    assert seen.waits["look_at_losses"] == 2 * 2  # at the first step and at the last
+                               "to_captions", "copy_to", "frequencies", "draw_captions"}
+    assert seen.waits["look_at_losses"] == 2 * 2 + 1  # at the first step and at the last
 
 
 @pytest.mark.parametrize("free", [10 ** 9, 10 ** 5], ids=["on the card", "on disk"])

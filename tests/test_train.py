@@ -459,7 +459,7 @@ def test_a_dummy_item_counts_for_nothing(prepared: Prepared, tmp_path: Path, mon
     setting = setting_of(prepared, tmp_path)
     training = train.build_training(setting, 1, None)
     setting = setting._replace(world=World(1, 2, torch.device("cpu")))
-    others = torch.tensor([3.0, 2.0, 1.0, 5.0, 1.0], dtype=torch.float64)
+    others = torch.arange(1.0, len(Losses._fields) + 1, dtype=torch.float64)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.add_(others))
     batch = next(iter(DataLoader(Pictures(setting.train), 1)))
     assert train.train_step(setting, training, batch, has_share=False).tolist() == others.tolist()
@@ -615,7 +615,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(prepared: Prepa
     (["--data_name", "nothing"], "no data set nothing"),
     (["--data_folder", "nowhere"], "create_input_files.py"),
     (["--stage", "2"], "--checkpoint"),
-    (["--batch_size", "1", "2", "3"], "--batch_size"),
+    (["--stage", "3"], "--checkpoint"),
+    (["--batch_size", "1", "2", "3", "4"], "--batch_size"),
     (["--freeze_embeddings"], "--embeddings"),
     (["--freeze_embeddings", "--checkpoint", "auto"], "--embeddings"),
     (["--checkpoint", "nothing.pth.tar"], "no such checkpoint"),

@@ -1,6 +1,7 @@
 """The curves of a run, which train.py draws after each epoch."""
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,25 @@ from safety.files import atomic_write
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Losses and scores by epoch, with a line where fine-tuning begins."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, scores = figure.subplots(1, 2)
+    """Losses and scores by epoch, with a line where a stage begins; with stage 3, whose loss tells nothing, its reward
+    and CIDEr too."""
+    panels = {"loss": {"train_loss": "train", "val_loss": "validation"},
+              "BLEU-4 on the validation split": {"bleu4": "generated", "bleu4_teacher_forced": "teacher-forced"}}
+    if any(row["stage"] == 3 for row in rows):
+        panels["CIDEr"] = {"reward": "reward of captions drawn in training", "cider": "generated, validation split"}
+        rows = [{**row, "train_loss": math.nan} if row["stage"] == 3 else row for row in rows]
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     epochs = range(1, len(rows) + 1)
-    for axes, curves in ((losses, {"train_loss": "train", "val_loss": "validation"}),
-                         (scores, {"bleu4": "generated", "bleu4_teacher_forced": "teacher-forced"})):
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for key, label in curves.items():
-            axes.plot(epochs, [row[key] for row in rows], label=label, marker=".")
-        first_stage = sum(row["stage"] == 1 for row in rows)
-        if 0 < first_stage < len(rows):
-            axes.axvline(first_stage + 0.5, color="grey", linestyle=":", label="fine-tuning begins")
+            axes.plot(epochs, [row.get(key, math.nan) for row in rows], label=label, marker=".")
+        for stage, what in ((2, "fine-tuning"), (3, "self-critical training")):
+            before = sum(row["stage"] < stage for row in rows)
+            if before and any(row["stage"] == stage for row in rows):
+                axes.axvline(before + 0.5, color="grey", linestyle=":" if stage == 2 else "--", label=f"{what} begins")
+        axes.set_title(title)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-    losses.set_title("loss")
-    scores.set_title("BLEU-4 on the validation split")
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=100)

@@ -17,6 +17,7 @@ from safety.errors import InputError
 from safety.signals import SIGNALS, Stopped, handle_signals
 from utils import World, any_signal, progress_bar
 
+STAGE_3 = {"epochs": 20, "batch_size": 80, "decoder_lr": 5e-5}  # where a flag has no third number
 SIGNAL_STEPS = 10  # of several GPUs, from one look for signals to the next: it takes 2 to 4 % of a short step
 
 
@@ -30,12 +31,22 @@ class Progress:
 
     stage: int
     best_bleu4: float = -1.0
-    log: list[dict[str, Any]] = field(default_factory=list)     # a row for each epoch of both stages
+    log: list[dict[str, Any]] = field(default_factory=list)     # a row for each epoch of all stages
     epochs_since_improvement: int = 0
     epoch: int = 0                                              # epochs of this stage that are done
     step: int = 0                                               # batches of the next one that are done
     sums: list[float] = field(default_factory=no_losses)        # of those, as `Losses` orders them
     seconds: float = 0.0                                        # that they took
+    best_cider: float = -1.0                                    # in stage 3, which it decides
+
+    @property
+    def score(self) -> str:
+        """What decides which epoch is the best."""
+        return "CIDEr" if self.stage == 3 else "BLEU-4"
+
+    @property
+    def best_shown(self) -> str:
+        return f"CIDEr {max(self.best_cider, 0):.3f}" if self.stage == 3 else f"BLEU-4 {max(self.best_bleu4, 0):.2f}"
 
     def __post_init__(self) -> None:
         self.sums = self.sums + no_losses()[len(self.sums):]  # an older checkpoint's lack the last ones
@@ -45,18 +56,43 @@ class Progress:
 
     def finish_epoch(self, row: dict[str, Any]) -> bool:
         """Adds an epoch's row to the log; returns whether it is the best so far."""
-        improved = row["bleu4"] > self.best_bleu4
+        name = "cider" if self.stage == 3 else "bleu4"
+        best = getattr(self, f"best_{name}")
+        improved = row[name] > best
         self.epochs_since_improvement = 0 if improved else self.epochs_since_improvement + 1
-        self.best_bleu4 = max(row["bleu4"], self.best_bleu4)
+        setattr(self, f"best_{name}", max(row[name], best))
         self.log = [*self.log, row]
         self.epoch += 1
         self.restart_epoch()
         return improved
 
 
-def for_stage(values: list[Any], stage: int) -> Any:
-    """A flag's value for a stage: the stage's own, or the one for both."""
-    return values[min(stage, len(values)) - 1]
+def for_stage(args: dict[str, Any], name: str, stage: int) -> Any:
+    """A flag's value for a stage: the stage's own, or the one for stages 1 and 2.
+
+    Stage 3 never takes another's: a rate that is right for cross entropy ruins it.
+    """
+    if stage == 3:
+        return args[name][2] if len(args[name]) > 2 else STAGE_3[name]
+    return args[name][min(stage, len(args[name])) - 1]
+
+
+def tunes_encoder(args: dict[str, Any], stage: int) -> bool:
+    return stage == 2 or (stage == 3 and args["fine_tune_encoder"])
+
+
+def epoch_line(row: dict[str, Any], progress: Progress, epochs: int, even: float) -> str:
+    """What an epoch that is over says of itself; `even` is the entropy of a gaze that is even."""
+    learnt, best = f"train loss {row['train_loss']:.3f}", f"best {progress.best_bleu4:.2f}"
+    if progress.stage == 3:
+        learnt = f"reward {row['reward']:.3f}"
+        best = (f"CIDEr {row['cider']:.3f}, {row['length']:.1f} words, {row['bad_endings']:.1f} % bad endings, "
+                f"best {progress.best_cider:.3f}")
+    return (f"stage {progress.stage}, epoch {progress.epoch} of {epochs}: {learnt}, val loss {row['val_loss']:.3f} "
+            f"({row['val_cross_entropy']:.3f} words, {row['val_doubly_stochastic']:.3f} attention), top-5 "
+            f"{row['val_top5']:.1f} %, entropy {row['alpha_entropy']:.2f} of at most {even:.2f}, BLEU-4 "
+            f"{row['bleu4']:.2f} generated ({row['bleu4_teacher_forced']:.2f} teacher-forced), {best}, "
+            f"{row['seconds']:.0f} s")
 
 
 def mean_loss(sums: list[float], alpha_c: float, where: str = "") -> float:
@@ -138,6 +174,8 @@ class Watch:
         self.pending = []
         spent = time.monotonic() - self.began
         progress.seconds = self.seconds_before + spent
-        return {"loss": f"{mean_loss(progress.sums, alpha_c):.3f}",
-                "captions/s": f"{Losses(*progress.sums).captions / progress.seconds:.0f}",
+        loss, totals = mean_loss(progress.sums, alpha_c), Losses(*progress.sums)
+        return {**({"reward": f"{totals.reward / totals.captions:.3f}"} if progress.stage == 3 else
+                   {"loss": f"{loss:.3f}"}),
+                "captions/s": f"{totals.captions / progress.seconds:.0f}",
                 "waiting for data": f"{self.waited / spent:.0%}"}

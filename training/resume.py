@@ -26,6 +26,7 @@ from training.progress import Progress, for_stage
 from utils import World, broadcast, gather
 
 AUTO = "auto"  # --checkpoint auto, see `checkpoint_to_resume`
+GOES_ON = {"2": 2, "3": 3}  # --stage: those that begin from the best checkpoint of an earlier stage
 LOCK_SECONDS = 10  # to wait until another run leaves the folder
 # Flags that may change without a word: they do not change what is learned, or (the model's) the checkpoint has them.
 FREE_TO_CHANGE = {"data_folder", "output_folder", "checkpoint", "checkpoint_minutes", "workers", "device", "compile",
@@ -103,13 +104,13 @@ def claimed_output_folder(args: argparse.Namespace, world: World) -> Iterator[st
 def checkpoint_to_resume(args: argparse.Namespace, restarted: bool) -> str | None:
     """The checkpoint that a run begins from; None if it begins anew.
 
-    `--checkpoint auto` stands for the run's own checkpoint, if there is one; of `--stage 2`, until that has one itself,
-    for the best of stage 1. So a job that a cluster starts again is the same command.
+    `--checkpoint auto` stands for the run's own checkpoint, if there is one; of `--stage 2` or `3`, until that has one
+    itself, for the best of the stage before. So a job that a cluster starts again is the same command.
     """
     files = output_files(args)
     path = files.checkpoint
     if args.checkpoint == AUTO:
-        if args.stage == "2" and (not path.exists() or training_of(path).get("stage") == 1):
+        if args.stage in GOES_ON and (not path.exists() or in_earlier_stage(path, args.stage)):
             path = files.best
         return str(path) if path.exists() else None
     if restarted and launch_id() and path.exists() and training_of(path).get("launch") == launch_id():
@@ -125,12 +126,17 @@ def training_of(path: Path) -> dict[str, Any]:
     return {}
 
 
+def in_earlier_stage(path: Path, stage: str) -> bool:
+    """Whether a checkpoint is of a stage before --stage."""
+    return stage in GOES_ON and training_of(path).get("stage", GOES_ON[stage]) < GOES_ON[stage]
+
+
 def conflict(args: argparse.Namespace, resumed_from: str | None) -> str | None:
     """Why a run cannot have the folder; None if it can."""
     files = output_files(args)
-    if args.stage == "2" and not resumed_from:
-        return (f"{files.best} is not there, and --stage 2 fine-tunes what stage 1 trained; train that first, or name "
-                "its best checkpoint with --checkpoint")
+    if args.stage in GOES_ON and not resumed_from:
+        return (f"{files.best} is not there, and --stage {args.stage} goes on with what an earlier stage trained; "
+                "train that first, or name its best checkpoint with --checkpoint")
     existing = [path for path in (files.checkpoint, files.best) if path.exists()]
     if existing and not resumed_from:
         return (f"{existing[0]} holds a run already: resume it with --checkpoint {existing[0]}, or name another "
@@ -173,7 +179,7 @@ def resume_command(args: argparse.Namespace) -> str:
     again = "stopped before the first checkpoint; the same command starts again"
     if not path.exists():
         return again
-    if args.stage == "2" and training_of(path).get("stage") == 1:  # its last epoch; the flags name the best
+    if in_earlier_stage(path, args.stage):  # its last epoch; the flags name the best
         return again
     command = sys.orig_argv
     if {"TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
@@ -249,18 +255,19 @@ def check_model(start: dict[str, Any], args: argparse.Namespace, default: Callab
 def check_resume(start: dict[str, Any], args: argparse.Namespace, world: World) -> tuple[Progress, list[str]]:
     """How far a checkpoint's run is, and what to say of the flags that it is resumed with; or refuses these."""
     training, files, messages = start["training"], output_files(args), []
-    progress = Progress(**{each.name: training[each.name] for each in fields(Progress)})
-    if progress.stage == 2 and args.stage == "1":
-        raise InputError(f"{args.checkpoint} is in stage 2 already; resume without --stage 1")
+    progress = Progress(**{each.name: training[each.name] for each in fields(Progress) if each.name in training})
+    if progress.stage > (2 if args.stage == "both" else int(args.stage)):
+        raise InputError(f"{args.checkpoint} is in stage {progress.stage} already; resume with --stage "
+                         f"{progress.stage}")
     before = training["args"]
     if before["freeze_embeddings"] != args.freeze_embeddings:  # which parameters learn
         raise InputError(f"{args.checkpoint} was made with --freeze_embeddings {before['freeze_embeddings']}; "
                          "resume with the same")
     if world.rank == 0:
         check_not_behind(progress, args)
-        progress.best_bleu4 = copy_best(start, args.checkpoint, files)
+        progress.best_bleu4, progress.best_cider = copy_best(start, args.checkpoint, files)
         progress.log = extend_log(progress, args.stage, files)
-    progress.best_bleu4 = broadcast(progress.best_bleu4, world)
+    progress.best_bleu4, progress.best_cider = broadcast((progress.best_bleu4, progress.best_cider), world)
     then = batches_of(before, progress.stage, training["world_size"])
     now = batches_of(vars(args), progress.stage, world.size)
     others = ", ".join(f"{name} {then[name]}" for name in then if then[name] != now[name])
@@ -271,6 +278,8 @@ def check_resume(start: dict[str, Any], args: argparse.Namespace, world: World) 
         messages.append(f"resumed with another number of processes than before ({then['processes']}), and so with "
                         "other batches; the learning rates stay")
     free = FREE_TO_CHANGE - ({"epochs"} if args.schedule == "cosine" or args.scheduled_sampling else set())
+    if progress.stage < 3:  # where it only names stage 2
+        free = free | {"fine_tune_encoder"}
     changed = [f"--{name} {value} (was {before[name]})" for name, value in vars(args).items()
                if name not in free and value != before.get(name, value)]
     if changed:
@@ -280,7 +289,7 @@ def check_resume(start: dict[str, Any], args: argparse.Namespace, world: World) 
 
 def batches_of(args: dict[str, Any], stage: int, processes: int) -> dict[str, Any]:
     """What decides which captions the n-th batch of an epoch holds."""
-    return {"--batch_size": for_stage(args["batch_size"], stage), "--whole_images": args["whole_images"],
+    return {"--batch_size": for_stage(args, "batch_size", stage), "--whole_images": args["whole_images"],
             "--bucket": args.get("bucket", False), "--seed": args["seed"], "processes": processes}
 
 
@@ -290,34 +299,37 @@ def check_not_behind(progress: Progress, args: argparse.Namespace) -> None:
     if path.exists():
         newest = {**newest, **training_of(path)}  # a damaged one may be replaced
     here, furthest = ([each[name] for name in ("stage", "epoch", "step")] for each in (vars(progress), newest))
-    if here < furthest and not (args.stage == "2" and newest["stage"] == 1):  # whose best stage 2 begins from
+    if here < furthest and not in_earlier_stage(path, args.stage):  # whose best this stage begins from
         raise InputError(f"{path} is further (stage {newest['stage']}, {newest['epoch']} epochs done) than "
                          f"{args.checkpoint}, and would be replaced; resume with --checkpoint {path}, or name another "
                          "--output_folder")
 
 
 def extend_log(progress: Progress, stage: str, files: OutputFiles) -> list[dict[str, Any]]:
-    """The log up to a checkpoint. Where stage 2 begins from the best epoch of stage 1, those after it are kept."""
-    if progress.stage == 1 and stage == "2" and files.log.is_file():
+    """The log up to a checkpoint. Where a stage begins from the best epoch of an earlier one, those after it are kept.
+    """
+    if progress.stage < GOES_ON.get(stage, 0) and files.log.is_file():
         with suppress(ValueError, TypeError, KeyError):  # a damaged one begins anew
             rows = [json.loads(line) for line in files.log.read_text(encoding="utf-8").splitlines()]
-            rows = [row for row in rows if row["stage"] == 1]
+            rows = [row for row in rows if row["stage"] < GOES_ON[stage]]
             if rows[:len(progress.log)] == progress.log:
                 return rows
     return progress.log
 
 
-def copy_best(start: dict[str, Any], resumed_from: str, files: OutputFiles) -> float:
-    """Copies the best checkpoint into a new output folder, where no later epoch may be better; returns its BLEU-4."""
-    best_bleu4, source = start["training"]["best_bleu4"], Path(resumed_from).with_name(files.best.name)
+def copy_best(start: dict[str, Any], resumed_from: str, files: OutputFiles) -> list[float]:
+    """Copies the best checkpoint into a new output folder, where no later epoch may be better; returns its BLEU-4 and,
+    where stage 3 chose it, its CIDEr (-1: not known)."""
+    source = Path(resumed_from).with_name(files.best.name)
+    best = [start["training"].get(f"best_{name}", -1.0) for name in ("bleu4", "cider")]
     if not source.is_file():
-        source, best_bleu4 = Path(resumed_from), start["scores"].get("bleu4", -1.0)
+        source, best = Path(resumed_from), [start["scores"].get(name, -1.0) for name in ("bleu4", "cider")]
     if not files.best.exists():
         with open(source, "rb") as weights, atomic_write(files.best, "wb") as file:
             shutil.copyfileobj(weights, file)
     elif not files.checkpoint.exists() and not filecmp.cmp(source, files.best, shallow=False):
         raise InputError(f"{files.best} belongs to another run than {resumed_from}; name another --output_folder")
-    return best_bleu4
+    return best
 
 
 def fits(optimizer: torch.optim.Optimizer, state: Any) -> bool:
