@@ -21,7 +21,7 @@ ALLOWED = {
     "create_input_files": {"safety", "utils", "datasets", "preparing"},
     "caption": {"models", "safety", "utils", "datasets", "drawing", "searching"},
     "eval": {"models", "safety", "utils", "datasets", "drawing", "caption"},
-    "training": {"models", "encoders", "safety", "utils", "datasets", "drawing", "caption", "eval"},
+    "training": {"models", "encoders", "safety", "utils", "datasets", "searching", "drawing", "caption", "eval"},
     "train": {"models", "safety", "utils", "datasets", "drawing", "caption", "eval", "training"},
 }
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from caption import Search
 from datasets import encode
 from models import HardAttention, Losses
+from searching.settings import ids_of
 from training.rewards import cider_d, frequencies
 
 SAMPLES = 5     # K in training
@@ -71,7 +72,7 @@ def draw_captions(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, i
         The words' ids (N, K, T), <end> included and then 0; the log-probability of each (N, K, T), 0 after <end>.
     """
     search, n, device = Search(), len(encoder_out), encoder_out.device
-    forbidden = torch.tensor(search.forbidden_ids(word_map)).to(device, non_blocking=True)
+    forbidden = torch.tensor(ids_of(search.forbidden, word_map)).to(device, non_blocking=True)
     annotations, state = decoder.start(encoder_out)
     state = tuple(each.repeat_interleave(k, dim=0) for each in state)           # (R, ...); annotations stay N
     words = torch.full((n * k,), word_map["<start>"], device=device)            # (R,)
