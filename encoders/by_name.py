@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.trunk import Pixels, Trunk, chain, load_trunk, to_map
+from encoders.trunk import Pixels, Trunk, chain, load_trunk, no_map, to_map
 
 Weights = str | dict[str, Tensor] | None  # see `models.Encoder`
 
@@ -97,7 +97,7 @@ def places_of(name: str, weights: Weights) -> int | None:
 def vision_transformer(name: str, model: Any, stride: int) -> Trunk:
     """That of a torchvision Vision Transformer; stage 2 tunes all but the embedding of patches and places."""
     if model.patch_size > stride:
-        raise ValueError(f"{name} has no map of {stride} pixels a region; its last is of {model.patch_size}")
+        raise no_map(name, stride, model.patch_size)
     layers = [Patches(model), *model.encoder.layers, LastTokens(model.encoder.ln)]
     return Trunk(layers, model.hidden_dim, 1, Pixels(model.image_size))
 
@@ -146,12 +146,16 @@ def timm_trunk(name: str, weights: Weights, stride: int, _: int | None) -> Trunk
         if isinstance(weights, str):
             raise not_fetched(f"the weights of {name}", error) from error
         raise ValueError(f"timm {timm.__version__} cannot make {own}: {error}") from error
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"timm {timm.__version__} does not give maps of {own}; get a newer one: "
+                         "pip install -U timm")
     size, mean, std = (model.pretrained_cfg[key] for key in ("input_size", "mean", "std"))
     maps = list(getattr(model.feature_info, "info", model.feature_info))  # of each what it is
     last = max((i for i, each in enumerate(maps) if each["reduction"] <= stride), default=None)
-    if last is None or size[1] != size[2]:
-        raise ValueError(f"{name} has no square map of {stride} pixels a region; its last is of "
-                         f"{maps[-1]['reduction']}, of pictures of {size[1]} x {size[2]}")
+    if last is None:
+        raise no_map(name, stride, maps[-1]["reduction"])
+    if size[1] != size[2]:
+        raise ValueError(f"{name} is for pictures of {size[1]} x {size[2]}, and ours are square; name another encoder")
     whole = model.state_dict()
     layer = LastMap(model, last, norm=last == len(maps) - 1 and hasattr(model, "norm"))
     if isinstance(weights, dict):

@@ -61,8 +61,13 @@ def chain(name: str, layers: Sequence[nn.Module], stride: int, channels_last: bo
     last = max((i for i, each in enumerate(strides) if each == min(stride, strides[-1])), default=-1)
     tuned = next((i for i, size in enumerate(sizes) if size <= PROBE / 8), len(sizes))
     if tuned > last:
-        raise ValueError(f"{name} has no map of {stride} pixels a region; its last is of {strides[-1]}")
+        raise no_map(name, stride, strides[-1])
     return Trunk([*layers[:last + 1], *[ChannelsFirst()] * channels_last], channels[last], tuned)
+
+
+def no_map(name: str, stride: int, last: int) -> ValueError:
+    return ValueError(f"{name} has no map of {stride} pixels a region, its last is of {last}; name another encoder, or "
+                      "a larger --encoder_stride")
 
 
 @torch.no_grad()

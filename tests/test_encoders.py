@@ -68,7 +68,7 @@ def test_a_vision_transformer_gives_the_tokens_of_its_patches(vit: list[VisionTr
     encoder.fine_tune()
     frozen = {name for name, each in encoder.named_parameters() if not each.requires_grad}
     assert {name.split(".")[1] for name in frozen} == {"0"} and len(frozen) == 4
-    with pytest.raises(ValueError, match="vit_b_16 has no map of 8 pixels a region; its last is of 16"):
+    with pytest.raises(ValueError, match="vit_b_16 has no map of 8 pixels a region, its last is of 16; name"):
         Encoder(4, "vit_b_16", stride=8)
 
 
@@ -197,7 +197,7 @@ def test_a_model_of_timms_gives_its_last_map_of_the_stride(timm: list[tuple[str,
     assert len(list(encoder.parameters())) == {32: 6, 16: 2}[stride]  # none that is not used
     again, _ = restore(checkpoint_of(encoder, "timm:tiny", stride, preprocessing=encoder.pixels.described()))
     assert torch.equal(again.grid(images), encoder.grid(images))
-    with pytest.raises(ValueError, match="no square map of 8 pixels a region; its last is of 32"):
+    with pytest.raises(ValueError, match="no map of 8 pixels a region, its last is of 32; name"):
         Encoder(4, "timm:tiny", stride=8)
 
 
@@ -215,6 +215,17 @@ def test_the_name_tells_timms_weights(timm: list[tuple[str, bool]], monkeypatch:
     assert not timm  # nothing of a stranger's was asked for
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"timm:tiny needs: pip install timm$"):
+        Encoder(4, "timm:tiny")
+
+
+def test_models_without_a_square_map_are_refused(timm: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = TinyModel()
+    wide.pretrained_cfg["input_size"] = (3, 32, 64)
+    monkeypatch.setattr(sys.modules["timm"], "create_model", lambda *_, **__: wide)
+    with pytest.raises(ValueError, match="timm:tiny is for pictures of 32 x 64"):
+        Encoder(4, "timm:tiny")
+    monkeypatch.delattr(TinyModel, "forward_intermediates")
+    with pytest.raises(ValueError, match="does not give maps of tiny; get a newer one: pip install -U timm"):
         Encoder(4, "timm:tiny")
 
 

@@ -419,7 +419,7 @@ def test_a_map_that_no_layer_gives_is_refused(monkeypatch: pytest.MonkeyPatch) -
     layers = [nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 4, 4)]
     monkeypatch.setitem(models.ENCODERS, "steep", lambda name, _, stride, __: chain(name, layers, stride))
     assert Encoder(name="steep").encoder_dim == 8
-    with pytest.raises(ValueError, match="steep has no map of 16 pixels a region; its last is of 32"):
+    with pytest.raises(ValueError, match="steep has no map of 16 pixels a region, its last is of 32; name"):
         Encoder(name="steep", stride=16)
 
 
