@@ -402,7 +402,7 @@ def hard_attention_loss(decoded: Decoded, cross_entropy: Tensor, baseline: Tenso
 class Losses(NamedTuple):
     """The parts of the loss and their counts: sums, so that they add up over batches and processes."""
 
-    cross_entropy: Tensor       # summed over the words; in stage 3 the loss of train.SelfCritical takes its place
+    cross_entropy: Tensor       # summed over the words; in stage 3 SelfCritical puts its own here
     doubly_stochastic: Tensor   # summed over the captions
     top5: Tensor                # how many words were among the five most probable; 0 in training
     words: Tensor               # how many

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from safety.flags import misread
+from safety.flags import STAGE_3, misread
 from safety.signals import SIGNALS, Stopped, handle_signals, raise_stopped
 
 REPOSITORY = Path(__file__).parent.parent
@@ -157,6 +157,8 @@ def in_one_line(error: Exception, args: argparse.Namespace) -> str:
     if out_of_memory and not isinstance(error, InputError):
         sizes = getattr(args, "batch_size", 1)
         sizes = sizes if isinstance(sizes, list) else [sizes]
+        if getattr(args, "stage", None) == "3":
+            sizes = [*(sizes * 2)[:2], STAGE_3["batch_size"]] if len(sizes) < 3 else sizes
         if max(sizes) == 1:
             return "out of memory; end other programs, or use a machine with more"
         return (f"out of memory with --batch_size {' '.join(map(str, sizes))}; try --batch_size "

@@ -13,6 +13,7 @@ from glob import glob
 RANGES = {"[]": "from {low:g} to {high:g}", "[)": "from {low:g} to below {high:g}",
           "(]": "above {low:g}, up to {high:g}", "()": "above {low:g} and below {high:g}",
           "[": "of {low:g} or more", "(": "above {low:g}"}
+STAGE_3 = {"epochs": 20, "batch_size": 80, "decoder_lr": 5e-5}  # of train.py, where a flag has no third number
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -659,6 +659,7 @@ def test_out_of_memory_names_the_batch_size_to_try(begun: list[str], tmp_path: P
                                            "--batch_size 10")
     assert said_by(monkeypatch, [*begun, "--batch_size", "20", "1"]).endswith("try --batch_size 10 1")
     assert "out of memory; end other programs" in said_by(monkeypatch, [*begun, "--batch_size", "1"])
+    assert said_by(monkeypatch, [*begun, "--stage", "3"]).endswith("--batch_size 20 20 80; try --batch_size 10 10 40")
     assert contents(tmp_path / "out") == before
 
 

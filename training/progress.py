@@ -14,10 +14,10 @@ from torch import Tensor
 
 from models import Losses
 from safety.errors import InputError
+from safety.flags import STAGE_3
 from safety.signals import SIGNALS, Stopped, handle_signals
 from utils import World, any_signal, progress_bar
 
-STAGE_3 = {"epochs": 20, "batch_size": 80, "decoder_lr": 5e-5}  # where a flag has no third number
 SIGNAL_STEPS = 10  # of several GPUs, from one look for signals to the next: it takes 2 to 4 % of a short step
 
 
