@@ -89,7 +89,7 @@ from utils import (
     sum_over,
 )
 
-PATIENCE = 20                    # a stage ends after so many epochs without a better BLEU-4 (stage 3: CIDEr)
+PATIENCE = 20                    # a stage ends after so many epochs without a better BLEU-4, stage 3 CIDEr
 DECAY_EVERY, DECAY = 8, 0.8      # the learning rates shrink after so many, by this factor
 WARM_UP = 100                    # steps in which --schedule cosine brings the learning rates up
 VALIDATION_BATCH = 64            # pictures, with all their captions

@@ -164,9 +164,10 @@ def test_the_reward_of_a_trained_model_rises() -> None:
 
 @pytest.fixture(scope="module")
 def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What stage 1 leaves."""
-    folder = tmp_path_factory.mktemp("trained")
-    run(prepared, folder, "--stage", 1)
+    """What stage 1 leaves, whose first epoch was the better one."""
+    folder, scores = tmp_path_factory.mktemp("trained"), iter([5.0, 3.0])
+    with mock.patch.object(train, "bleu", lambda *_: [0, 0, 0, next(scores)]):
+        run(prepared, folder, "--stage", 1)
     return folder
 
 
@@ -233,7 +234,6 @@ def test_it_begins_with_the_best_checkpoint_and_watches_cider(prepared: Prepared
     folder = shutil.copytree(trained, tmp_path / "copy")
     best = load(folder, prepared, "BEST_checkpoint_")
     best["scores"]["cider"], best["scores"]["bleu4"] = 0.3, 7.0
-    best["decoder"]["fc.bias"] += 1  # which the last one's is not
     torch.save(best, folder / f"BEST_checkpoint_{prepared.name}.pth.tar")
     ciders, bleus = iter([(0.35, []), (0.32, [])]), iter([1.0, 99.0])
     monkeypatch.setattr(train, "cider", lambda *_: next(ciders))
@@ -253,11 +253,12 @@ def test_it_begins_with_the_best_checkpoint_and_watches_cider(prepared: Prepared
 @pytest.mark.parametrize("more", [[], ["--fine_tune_encoder", "--augment"]], ids=["decoder", "encoder too"])
 def test_a_resumed_run_is_the_run_left_alone(prepared: Prepared, trained: Path, tmp_path: Path, more: list[str],
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of --checkpoint auto, which begins from the best of stage 1 and then finds stage 3's own."""
+    """Begun in the folder of stage 1, all of whose log stays: by the name of the best checkpoint, or by --checkpoint
+    auto, which then finds stage 3's own."""
     for name in ("alone", "stopped"):
         shutil.copytree(trained, tmp_path / name)
+    rows = run(prepared, tmp_path / "alone", *stage_3(tmp_path / "alone", prepared), *more)
     command = [*stage_3(trained, prepared), "--checkpoint", "auto", *more]
-    rows = run(prepared, tmp_path / "alone", *command)
     assert [(row["stage"], row["epoch"]) for row in rows] == [(1, 1), (1, 2), (3, 1), (3, 2)]
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
