@@ -198,8 +198,9 @@ def test_the_log_and_what_is_printed_tell_of_the_reward(prepared: Prepared, trai
 def curves_of(rows: list[dict[str, Any]]) -> list[Any]:
     """The panels that are drawn of a log."""
     figures: list[Figure] = []
-    with mock.patch.object(Figure, "savefig", lambda figure, *_, **__: figures.append(figure)):
-        draw_curves(rows, Path("not written"))
+    with mock.patch.object(Figure, "savefig", lambda figure, *_, **__: figures.append(figure)), \
+            mock.patch("training.curves.atomic_write"):
+        draw_curves(rows, Path("curves.png"))
     return figures[0].axes
 
 
