@@ -95,7 +95,7 @@ def beam_search(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, int
     `search.sample` nothing competes: each hypothesis goes on by a word that is drawn, until it ends.
 
     Args:
-        decoder: anything with `start`, `step`, `fc` and `vocab_size`, in eval mode; to learn from draws, in training's.
+        decoder: anything with `start`, `step`, `fc` and `vocab_size`, in eval mode.
         encoder_out: (N, h, w, C) or (N, P, C).
     """
     n, k, device = len(encoder_out), search.checked().sample or search.beam_size, encoder_out.device
@@ -202,7 +202,8 @@ FILES = (str, Path, Image.Image)  # pictures that can turn out to be damaged; Pi
 class Captioner(NamedTuple):
     """A model that captions: what `load` returns."""
 
-    encoder: nn.Module      # its forward maps pictures (N, 3, 256, 256), normalised, to features (N, h, w, C)
+    encoder: nn.Module      # its forward maps pictures (N, 3, 256, 256), normalised, to features (N, h, w, C); of an
+                            # ensemble a list of them, which its decoder calls
     decoder: nn.Module      # with `start`, `step`, `fc` and `vocab_size`
     word_map: dict[str, int]
     precision: str = "float32"

@@ -166,8 +166,9 @@ class Attention(nn.Module):
 class HardAttention(Attention):
     """Hard attention: for each word one region s, drawn with the probabilities alpha (section 4.1).
 
-    Nothing can be derived by which region was drawn, so `hard_attention_loss` below teaches it. In training half of the
-    pictures are looked at softly all the same, and captions are found with the expected context, which is soft too.
+    The loss has no derivative with respect to the region drawn, so `hard_attention_loss` below teaches it. In training
+    half of the pictures are looked at softly all the same, and captions are found with the expected context, which is
+    soft too.
     """
 
     def __init__(self, encoder_dim: int, decoder_dim: int, attention_dim: int) -> None:
@@ -186,7 +187,7 @@ class HardAttention(Attention):
         if not gaze:
             return self.look(annotations, alpha), alpha
         hard, _ = gaze                                                          # (R,)
-        place = torch.multinomial(alpha.detach().float(), 1)                    # (R, 1), equation 8
+        place = draw(alpha.detach().float()).unsqueeze(1)                       # (R, 1), equation 8
         weights = torch.where(hard.unsqueeze(1), torch.zeros_like(alpha).scatter(1, place, 1), alpha)
         log_place = alpha.gather(1, place).squeeze(1).float().log() * hard      # (R,)
         return self.look(annotations, weights), alpha, hard, log_place
@@ -203,9 +204,14 @@ class MeanAttention(Attention):
         super().__init__(encoder_dim, decoder_dim, attention_dim)
         self.requires_grad_(False)
 
+    def annotate(self, features: Tensor, pooling: Tensor | None = None) -> Annotations:
+        """No keys, as nothing is compared with them; only of how many regions they would be."""
+        regions = features.size(1) if pooling is None else len(pooling)
+        return Annotations(features, features.new_zeros(len(features), regions, 0), pooling)
+
     def weigh(self, annotations: Annotations, decoder_hidden: Tensor) -> Tensor:
-        regions = annotations.keys.size(1)
-        return decoder_hidden.new_full((len(decoder_hidden), regions), 1 / regions)
+        even = annotations.keys.new_zeros(len(decoder_hidden), annotations.keys.size(1))
+        return even.softmax(dim=1)                                              # (R, P), as precise as the others'
 
 
 class DecoderWithAttention(nn.Module):
@@ -335,7 +341,8 @@ def teacher_forced(decoder: nn.Module, encoder_out: Tensor, captions: Tensor, ca
     # Packed, the captions [a b c], [d e] become data a d b e c in batches of 2, 2 and 1: one for each step.
     inputs = pack_padded_sequence(captions, decode_lengths, batch_first=True)
     outputs, alphas, log_places = [], [], []
-    hard = decoder.training and isinstance(getattr(decoder, "attention", None), HardAttention)
+    attention = getattr(decoder, "attention", None)
+    hard = isinstance(attention, HardAttention) and attention.training
     for words in inputs.data.split(inputs.batch_sizes.tolist()):                # (n,), n captions have not ended
         n = len(words)
         if n < len(state[0]):
@@ -351,6 +358,15 @@ def teacher_forced(decoder: nn.Module, encoder_out: Tensor, captions: Tensor, ca
 
     scores = inputs._replace(data=decoder.fc(torch.cat(outputs)))               # (words, V), once for all steps
     return Decoded(scores, captions, decode_lengths, padded(alphas), order, torch.cat(log_places) if hard else None)
+
+
+def draw(probabilities: Tensor) -> Tensor:
+    """Of each row (R, X) a place (R,), drawn with these probabilities.
+
+    The largest of p / x, with an exponentially distributed x for each, is a draw from p (Gumbel 1954). Unlike
+    `torch.multinomial` it takes NaN, which then shows in the loss.
+    """
+    return (probabilities / torch.empty_like(probabilities).exponential_().clamp_(min=1e-30)).argmax(dim=1)
 
 
 def padded(steps: list[Tensor]) -> Tensor:
@@ -464,7 +480,7 @@ def pooling_matrix(features: Tensor, size: int) -> Tensor | None:
     return F.adaptive_avg_pool2d(pixels, size).flatten(1).T.to(features.dtype)
 
 
-# By name: classes that are built with DecoderWithAttention's arguments, and ones like `Attention`. Encoders by name are
+# By name: classes that are built with DecoderWithAttention's arguments, and kinds of `Attention`. Encoders by name are
 # in encoders/.
 DECODERS: dict[str, type[nn.Module]] = {"lstm": DecoderWithAttention}
 ATTENTIONS: dict[str, type[Attention]] = {"soft": Attention, "hard": HardAttention, "mean": MeanAttention}

@@ -280,11 +280,13 @@ def validate_epoch(run: Run, training: Training, loader: DataLoader) -> tuple[di
     losses, bleu4_teacher_forced, captions = validate(training.captioner, run.val, loader, run.world)
     lines = [printable(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})")
              for i in shown_pictures(run.val)]
+    even = 2 * math.log(training.arguments["encoded_image_size"])  # ln P: the entropy of a gaze that is even
     scores = run.world.rank == 0 and {"bleu4": bleu(run.val_references, captions)[3],
                                       "cider": cider(run.val_references, captions)[0]}
     return {"val_loss": mean_loss(losses, run.args.alpha_c), "val_cross_entropy": losses.cross_entropy / losses.words,
             "val_doubly_stochastic": losses.doubly_stochastic / losses.captions,
             "val_top5": 100 * losses.top5 / losses.words, "alpha_entropy": losses.entropy / losses.words,
+            "alpha_entropy_even": even,
             **broadcast(scores, run.world), "bleu4_teacher_forced": bleu4_teacher_forced,
             "length": sum(map(len, captions)) / len(captions), "bad_endings": bad_endings(captions)}, lines
 
@@ -312,7 +314,6 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
                f"epoch {progress.epoch + 1}, batch {progress.step + 1}; best {progress.best_shown} so far, "
                f"{progress.epochs_since_improvement} epochs without a better one")
 
-    even = 2 * math.log(training.arguments["encoded_image_size"])  # ln P: the entropy of a gaze that is even
 
     while progress.epoch < epochs and progress.epochs_since_improvement < PATIENCE:
         row = train_epoch(run, training, loader, progress)
@@ -329,7 +330,7 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
         if world.rank == 0:
             draw_gaze(training.captioner, run.val, run.files.gaze, f"epoch {len(progress.log)}")
         run.print0("\n".join(examples))  # only now, with all in its files
-        run.print0(epoch_line(row, progress, epochs, even))
+        run.print0(epoch_line(row, progress, epochs))
     why = "all its epochs are done" if progress.epoch >= epochs else f"no better {progress.score} for {PATIENCE} epochs"
     run.print0(f"stage {stage} is over, {why}. Best {progress.best_shown}: {run.files.best}")
 
@@ -450,9 +451,10 @@ def new_models(run: Run) -> tuple[dict[str, Any], nn.Module, nn.Module]:
     arguments = {"encoder": args.encoder, "encoded_image_size": args.encoded_image_size, "decoder": args.decoder,
                  "attention_dim": args.attention_dim, "decoder_dim": args.decoder_dim, "dropout": args.dropout,
                  "embed_dim": args.emb_dim if embeddings is None else embeddings.size(1),
-                 "vocab_size": len(run.word_map), "attention": args.attention}
-    if args.encoder_stride != 32:  # else a checkpoint is as it was before there was a choice
-        arguments["encoder_stride"] = args.encoder_stride
+                 "vocab_size": len(run.word_map)}
+    for name, default in (("attention", "soft"), ("encoder_stride", 32)):
+        if getattr(args, name) != default:  # else a checkpoint is as it was before there was a choice
+            arguments[name] = getattr(args, name)
     try:
         encoder, decoder = build(arguments, encoder_weights(args, run.world))
         size = broadcast(encoder.pixels.image_size, run.world)  # rank 0's, which alone has the weights
@@ -557,7 +559,7 @@ def unused_flags(args: argparse.Namespace) -> list[str]:
     tunes = tunes_encoder(vars(args), int(args.stage))
     unused = ("cache_features",) if tunes else ("augment", "encoder_lr")
     if args.stage == "3":
-        unused += ("bucket", "label_smoothing", "scheduled_sampling")
+        unused += ("alpha_c", "bucket", "label_smoothing", "scheduled_sampling")
     return [f"--{name}" for name in unused if getattr(args, name) != get_parser().get_default(name)]
 
 
@@ -629,7 +631,8 @@ def add_more_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--stage", choices=("1", "2", "3", "both"), default="both",
         help="1: decoder only; 2: fine-tuning of the encoder too, from --checkpoint; both in turn; 3: self-critical "
-        "training, from the best checkpoint of the run that --checkpoint is of (default: both)")
+        "training, from the best checkpoint of the run that --checkpoint is of, or of other data from that file "
+        "(default: both)")
     add("--whole_images", action="store_true",
         help="batches of pictures with all their captions: each picture is encoded once an epoch, not once a caption")
     add("--bucket", action="store_true",

@@ -12,22 +12,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import Prepared, refused
-from test_train import assert_same_run, flags, load, run, stop_after
+from test_train import assert_same_run, flags, load, run, setting_of, stop_after
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader
 
 import caption
 import train
+from datasets import Pictures
 from models import (
     ATTENTIONS,
     LAMBDA_E,
-    Attention,
     DecoderWithAttention,
-    HardAttention,
+    Losses,
     alpha_entropy,
     caption_losses,
+    draw,
     hard_attention_loss,
     teacher_forced,
 )
+from utils import World
 
 START, END = 3, 4
 CAPTIONS = torch.tensor([[START, END, 0, 0], [START, 2, 1, END]])  # no word, and two
@@ -55,7 +58,7 @@ def looked(monkeypatch: pytest.MonkeyPatch, decoder: DecoderWithAttention, featu
            places: list[torch.Tensor], hard: bool = True) -> Any:
     """Teacher forcing where the regions that are drawn are these, one (n,) for each step."""
     drawn = iter(places)
-    monkeypatch.setattr(torch, "multinomial", lambda alpha, _: next(drawn)[:len(alpha)].unsqueeze(1))
+    monkeypatch.setattr("models.draw", lambda alpha: next(drawn)[:len(alpha)])
     monkeypatch.setattr(torch, "rand", lambda n, device: torch.full((n,), 0.0 if hard else 0.9))
     return teacher_forced(decoder, features, CAPTIONS, LENGTHS)
 
@@ -112,7 +115,7 @@ def test_half_of_the_pictures_are_looked_at_softly(monkeypatch: pytest.MonkeyPat
     assert evaluated.log_places is None
     hard.train()
     torch.manual_seed(0)
-    coins = torch.stack([hard.start(features.float().expand(2, 2, 2, 3).double())[1][2] for _ in range(200)])
+    coins = torch.stack([hard.start(features)[1][2] for _ in range(200)])
     assert 150 < coins.sum() < 250
 
 
@@ -195,5 +198,28 @@ def test_a_decoder_that_knows_nothing_of_it_is_named(prepared: Prepared, tmp_pat
         run(prepared, tmp_path, "--decoder", "other", "--attention", "hard")
 
 
-def test_hard_and_mean_are_kinds_of_attention() -> None:
-    assert all(issubclass(each, Attention) for each in ATTENTIONS.values()) and ATTENTIONS["hard"] is HardAttention
+def test_the_baseline_follows_what_all_processes_saw(prepared: Prepared, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so stays the same on all of them."""
+    setting = setting_of(prepared, tmp_path, "--attention", "hard")
+    training = train.build_training(setting, 1, None)
+    setting = setting._replace(world=World(1, 2, torch.device("cpu")))
+    others = torch.arange(1.0, len(Losses._fields) + 1, dtype=torch.float64) * 100
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums.add_(others))
+    sums = Losses(*train.train_step(setting, training, next(iter(DataLoader(Pictures(setting.train), 1)))))
+    assert sums.cross_entropy > 100
+    expected = 0.1 * sums.cross_entropy / sums.words
+    assert training.captioner.decoder.attention.baseline.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_drawn_region_of_nan_shows_in_the_loss() -> None:
+    """Which names the batch, where an error of PyTorch's would not."""
+    decoder, features = decoder_and_features("hard")
+    decoded = teacher_forced(decoder, features * torch.nan, CAPTIONS, LENGTHS)
+    assert caption_losses(decoded, baseline=torch.tensor(0.0)).cross_entropy.isnan()
+
+
+def test_draws_have_their_probabilities() -> None:
+    torch.manual_seed(0)
+    drawn = draw(torch.tensor([[0.5, 0.25, 0.0, 0.25]]).expand(20_000, 4))
+    assert (drawn.bincount(minlength=4) / 20_000).tolist() == pytest.approx([0.5, 0.25, 0, 0.25], abs=0.015)

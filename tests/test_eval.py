@@ -245,13 +245,13 @@ def test_losses_are_the_plain_formulas():
     assert [losses_of(output).top5, losses_of(output).entropy] == [0, 0], "nothing shows them in training"
     found = losses_of(tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in output))
     assert [each.item() for each in found] == pytest.approx(
-        [loss, attention, near, n_words, 5, entropy, 0], rel=1e-5)
+        [loss, attention, near, n_words, 5, entropy, 0, 0], rel=1e-5)
     assert 0 < near < n_words
     assert found.mean(found, 0.7).item() == pytest.approx(loss / n_words + 0.7 * attention / 5, rel=1e-5)
 
 
 def test_losses_carry_gradients_and_take_few_words():
-    assert [each.requires_grad for each in losses_of(teacher_forced(vocab_size=3))] == [True] * 2 + [False] * 5
+    assert [each.requires_grad for each in losses_of(teacher_forced(vocab_size=3))] == [True] * 2 + [False] * 6
     with torch.no_grad():
         found = losses_of(teacher_forced(vocab_size=3))
     assert found.top5 == found.words, "of three words all are among the first five"

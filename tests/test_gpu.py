@@ -23,7 +23,7 @@ import eval as evaluation
 import train
 from caption import Captioner, Search, beam_search
 from datasets import CaptionDataset, image_loader, load_word_map
-from models import Caption, build, caption_losses, teacher_forced
+from models import ATTENTIONS, Caption, build, caption_losses, teacher_forced
 from searching.ensemble import Ensemble
 from training.features import encode_batch
 from training.progress import mean_loss
@@ -229,3 +229,24 @@ def test_what_only_cuda_refuses(precision, refused, message):
         refused(GPU)
     with (feigned_gpu(cuda_rules=True), autocast(GPU, precision), pytest.raises(RuntimeError, match=message)):
         refused(GPU)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("attention", ["hard", "mean"])
+def test_the_other_kinds_of_attention_wait_for_nothing(model: Captioner, attention: str, precision: str) -> None:
+    """In a step of training, by CUDA's own rules."""
+    with feigned_gpu(cuda_rules=True) as seen:
+        decoder = copy.deepcopy(model.decoder)
+        old = decoder.attention
+        decoder.attention = ATTENTIONS[attention](*(each.in_features for each in (old.encoder_att, old.decoder_att)),
+                                                  old.full_att.in_features)
+        decoder = decoder.to(GPU).train()
+        features = torch.randn(2, 4, 4, old.encoder_att.in_features).to(GPU)
+        captions, lengths = torch.randint(1, 5, (4, 7)).to(GPU), torch.tensor([[7], [5], [3], [6]])
+        before = seen.waits.copy()
+        with autocast(GPU, precision):
+            decoded = teacher_forced(decoder, features, captions, lengths)
+            losses = caption_losses(decoded, 0.1, getattr(decoder.attention, "baseline", None))
+            loss = losses.mean(losses, 1.0)
+        assert seen.waits == before
+        assert loss.isfinite() and decoded.alphas.sum(dim=2).max().item() == pytest.approx(1, abs=1e-3)

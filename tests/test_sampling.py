@@ -106,7 +106,7 @@ def test_a_seed_is_the_same_for_each_picture_whatever_stands_beside_it() -> None
 
 
 def test_without_a_seed_all_is_independent() -> None:
-    """As training needs it, in training mode too, which stays; PyTorch's own seed repeats it."""
+    """PyTorch's own seed repeats it; a decoder in training mode stays there."""
     decoder, _ = decoders(15)["lstm"]
     decoder.train()
     features, search = torch.randn(1, 4, 4, C).expand(3, 4, 4, C), Search(sample=4, max_len=9)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import train
 from caption import Search
 from datasets import Pictures
-from models import ATTENTIONS, DecoderWithAttention, teacher_forced
+from models import ATTENTIONS, DecoderWithAttention, Losses, teacher_forced
 from training.curves import draw_curves
 from training.rewards import cider_d, frequencies
 from training.self_critical import SelfCritical, draw_captions
@@ -93,7 +93,7 @@ def test_the_gradient_is_on_average_that_of_the_expected_reward(short: None, mon
     estimate = [torch.zeros_like(each) for each in parameters]
     for i, j in itertools.product(range(len(captions)), repeat=2):
         words = iter(captions[[i, j]].T)
-        monkeypatch.setattr(torch, "multinomial", lambda *_, words=words: next(words).clamp(min=1).unsqueeze(1))
+        monkeypatch.setattr("training.self_critical.draw", lambda *_, words=words: next(words).clamp(min=1))
         losses = model(features, true)
         assert losses.captions == 2 and losses.words == (captions[[i, j]] != 0).sum()
         assert losses.reward.item() == pytest.approx(float(rewards[i] + rewards[j]), rel=1e-6)
@@ -208,7 +208,7 @@ def test_no_worse_model_replaces_the_best_of_an_earlier_stage(prepared: Prepared
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """By CIDEr. Older checkpoints do not tell it, and published ones nothing: they are validated first."""
     steps: list[int] = []
-    monkeypatch.setattr(train, "train_step", lambda *_: steps.append(1) or torch.ones(8))
+    monkeypatch.setattr(train, "train_step", lambda *_: steps.append(1) or torch.ones(len(Losses._fields)))
     monkeypatch.setattr(train, "cider", lambda *_: (0.4 if steps else 0.5, []))
     best = f"BEST_checkpoint_{prepared.name}.pth.tar"
     given = load(trained, prepared, "BEST_checkpoint_")
@@ -275,7 +275,7 @@ def test_a_resumed_run_is_the_run_left_alone(prepared: Prepared, trained: Path, 
 
 
 def test_two_processes_learn_together(prepared: Prepared, trained: Path, tmp_path: Path) -> None:
-    """From kept features; both end with the weights of rank 0, and log what both drew."""
+    """From kept features, of which they keep one file for each split."""
     data = shutil.copytree(prepared.folder, tmp_path / "data")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", Path(train.__file__),

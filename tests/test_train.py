@@ -782,6 +782,7 @@ def test_a_checkpoint_without_its_best_one_has_its_own_score_to_beat(prepared: P
 UNTOLD: dict[str, tuple[Any, str]] = {
     "scores in a list": (lambda state: {"scores": [1.0]}, "scores"),
     "a score in words": (lambda state: {"scores": {"bleu4": "high"}}, "scores"),
+    "a CIDEr in words": (lambda state: {"training": {**state["training"], "best_cider": "high"}}, "best_cider"),
     "no dict": (lambda state: {"training": [1]}, "stage, best_bleu4, log"),
     "a stage in words": (lambda state: {"training": {**state["training"], "stage": "1"}}, "stage"),
     "no sums": (lambda state: {"training": {**state["training"], "sums": 5}}, "sums"),

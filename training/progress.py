@@ -37,7 +37,7 @@ class Progress:
     step: int = 0                                               # batches of the next one that are done
     sums: list[float] = field(default_factory=no_losses)        # of those, as `Losses` orders them
     seconds: float = 0.0                                        # that they took
-    best_cider: float = -1.0                                    # in stage 3, which it decides
+    best_cider: float = -1.0                                    # which stage 3 goes by
 
     @property
     def score(self) -> str:
@@ -81,8 +81,8 @@ def tunes_encoder(args: dict[str, Any], stage: int) -> bool:
     return stage == 2 or (stage == 3 and args["fine_tune_encoder"])
 
 
-def epoch_line(row: dict[str, Any], progress: Progress, epochs: int, even: float) -> str:
-    """What an epoch that is over says of itself; `even` is the entropy of a gaze that is even."""
+def epoch_line(row: dict[str, Any], progress: Progress, epochs: int) -> str:
+    """What an epoch that is over says of itself."""
     learnt, best = f"train loss {row['train_loss']:.3f}", f"best {progress.best_bleu4:.2f}"
     if progress.stage == 3:
         learnt = f"reward {row['reward']:.3f}"
@@ -90,9 +90,9 @@ def epoch_line(row: dict[str, Any], progress: Progress, epochs: int, even: float
                 f"best {progress.best_cider:.3f}")
     return (f"stage {progress.stage}, epoch {progress.epoch} of {epochs}: {learnt}, val loss {row['val_loss']:.3f} "
             f"({row['val_cross_entropy']:.3f} words, {row['val_doubly_stochastic']:.3f} attention), top-5 "
-            f"{row['val_top5']:.1f} %, entropy {row['alpha_entropy']:.2f} of at most {even:.2f}, BLEU-4 "
-            f"{row['bleu4']:.2f} generated ({row['bleu4_teacher_forced']:.2f} teacher-forced), {best}, "
-            f"{row['seconds']:.0f} s")
+            f"{row['val_top5']:.1f} %, entropy {row['alpha_entropy']:.2f} of at most "
+            f"{row['alpha_entropy_even']:.2f}, BLEU-4 {row['bleu4']:.2f} generated "
+            f"({row['bleu4_teacher_forced']:.2f} teacher-forced), {best}, {row['seconds']:.0f} s")
 
 
 def mean_loss(sums: list[float], alpha_c: float, where: str = "") -> float:

@@ -34,7 +34,7 @@ FREE_TO_CHANGE = {"data_folder", "output_folder", "checkpoint", "checkpoint_minu
                   "encoded_image_size", "embeddings", "emb_dim", "attention_dim", "decoder_dim", "attention"}
 # What a resume reads of a checkpoint's `training`, of the `args` therein and of each row of its `log`.
 TOLD = {"stage": int, "best_bleu4": Real, "log": list, "epochs_since_improvement": int, "epoch": int, "step": int,
-        "sums": list, "seconds": Real, "optimizers": dict, "args": dict, "world_size": int}
+        "sums": list, "seconds": Real, "optimizers": dict, "args": dict, "world_size": int, "best_cider": Real}
 FLAGS = {"data_name": str, "freeze_embeddings": bool, "batch_size": list, "whole_images": bool, "seed": int,
          "decoder_lr": list, "encoder_lr": Real}
 DRAWN = {"stage", "train_loss", "val_loss", "bleu4", "bleu4_teacher_forced"}
@@ -208,9 +208,10 @@ def check_told(state: dict[str, Any], path: str | Path) -> None:
     """Refuses to resume from a checkpoint that tells of its run otherwise than train.py does; captions need none of
     that, so they do not ask."""
     scores, training = state["scores"], state["training"]
-    wrong = [] if isinstance(scores, dict) and isinstance(scores.get("bleu4", 0.0), Real) else ["scores"]
+    wrong = [] if isinstance(scores, dict) and all(
+        isinstance(scores.get(name, 0.0), Real) for name in ("bleu4", "cider")) else ["scores"]
     if training is not None:
-        told = training if isinstance(training, dict) else {}
+        told = {"best_cider": -1.0, **training} if isinstance(training, dict) else {}  # which older ones do not tell
         wrong += [name for name, kind in TOLD.items() if not isinstance(told.get(name), kind)]
         if not wrong:
             wrong += [name for name, kind in FLAGS.items() if not isinstance(told["args"].get(name), kind)]
@@ -289,8 +290,9 @@ def check_resume(start: dict[str, Any], args: argparse.Namespace, world: World) 
 
 def batches_of(args: dict[str, Any], stage: int, processes: int) -> dict[str, Any]:
     """What decides which captions the n-th batch of an epoch holds."""
-    return {"--batch_size": for_stage(args, "batch_size", stage), "--whole_images": args["whole_images"],
-            "--bucket": args.get("bucket", False), "--seed": args["seed"], "processes": processes}
+    whole, bucket = stage == 3 or args["whole_images"], stage < 3 and args.get("bucket", False)
+    return {"--batch_size": for_stage(args, "batch_size", stage), "--whole_images": whole, "--bucket": bucket,
+            "--seed": args["seed"], "processes": processes}
 
 
 def check_not_behind(progress: Progress, args: argparse.Namespace) -> None:

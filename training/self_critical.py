@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from caption import Search
 from datasets import encode
-from models import HardAttention, Losses
+from models import HardAttention, Losses, draw
 from searching.settings import ids_of
 from training.rewards import cider_d, frequencies
 
@@ -82,8 +82,7 @@ def draw_captions(decoder: nn.Module, encoder_out: Tensor, word_map: dict[str, i
     for _ in range(search.max_len):
         output, _, state = decoder.step(words, annotations, state)
         scores = F.log_softmax(decoder.fc(output).float().index_fill(1, forbidden, -torch.inf), dim=1)      # (R, V)
-        odds = scores.detach().exp().nan_to_num(1.0)    # of NaN something is drawn: the loss is NaN, and says so
-        words = torch.multinomial(odds, 1).squeeze(1) * going                   # (R,); <pad> is 0
+        words = draw(scores.detach().exp()) * going                             # (R,); <pad> is 0
         log_prob = scores.gather(1, words.unsqueeze(1)).squeeze(1).masked_fill(~going, 0.0)
         for steps, new in ((drawn, words), (log_probs, log_prob)):
             steps.append(new.new_zeros(n, k).index_copy(0, active, new.view(-1, k)))
