@@ -42,9 +42,9 @@ def about_twice(listed: Mapping[Path, Sequence[str | None]]) -> list[str]:
     across = {path: splits for path, splits in twice.items() if len(splits) > 1}
     notes = []
     if across:
-        names = ", ".join(f"{path} ({', '.join(splits)})" for path, splits in [*across.items()][:5])
-        notes.append(f"warning: {len(across)} pictures are in several splits: {names}{', ...' * (len(across) > 5)}; "
-                     "keep each in one, or scores will be of pictures that were learnt")
+        named = [f"{path} ({', '.join(splits)})" for path, splits in across.items()]
+        notes.append(f"warning: {counted(named, 'in several splits')}; keep each in one, or the model is scored on "
+                     "pictures that it was trained on")
     if within := [path for path in twice if path not in across]:
         notes.append(f"{counted(within, 'listed more than once')}; put all captions of a picture together")
     return notes
