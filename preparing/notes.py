@@ -25,8 +25,7 @@ def about_left_out(other_splits: Counter[str], without: Sequence[Path], lengths:
         notes.append(f"{other_splits.total()} pictures left out: of the splits {names}; those that are read are "
                      f"{', '.join(SPLITS)}, so rename them to keep the pictures")
     if without:
-        names = ", ".join(map(str, without[:5])) + ", ..." * (len(without) > 5)
-        notes.append(f"{len(without)} pictures left out: without captions ({names}); write some to keep them")
+        notes.append(f"{counted(without, 'left out, without captions')}; write some to keep them")
     every = [n for own in lengths for n in own]
     longer = [n for n in every if n > max_len]
     if longer:
