@@ -133,7 +133,7 @@ def read_captions(data: Any, dataset: str, image_folder: Path, max_len: int,
     if wrong:
         raise InputError(f"{source}: {len(wrong)} captions have no word, or hold something else: {', '.join(wrong[:5])}"
                          f"{', ...' if len(wrong) > 5 else ''}; {RULE}: mend these captions, or delete them")
-    without = [name for name in without if len(listed[name]) == 1]
+    without = [name for name in dict.fromkeys(without) if not any(listed[name])]  # nor elsewhere in the list
     return pictures, word_freq, [*about_left_out(other_splits, without, lengths, max_len), *about_twice(listed)]
 
 

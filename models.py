@@ -20,16 +20,19 @@ attention, V words of the vocabulary.
 """
 from __future__ import annotations
 
-from itertools import chain
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from encoders.by_name import ENCODERS, find_trunk  # noqa: F401 (ENCODERS is for those who add one)
+from encoders.by_name import ENCODERS, UnknownEncoder, find_trunk  # noqa: F401 (ENCODERS is for those who add one)
 from encoders.speed import speed_up_convolutions
 from encoders.trunk import Pixels
 
@@ -65,6 +68,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.enc_image_size = encoded_image_size
         layers, self.encoder_dim, self.first_tuned, self.pixels = find_trunk(name, weights, stride, image_size)
+        self.pixels.checked()
         self.resnet = nn.Sequential(*layers)  # the original's name for it
         self.adaptive_pool = nn.AdaptiveAvgPool2d((encoded_image_size, encoded_image_size))
         self.eval()
@@ -88,7 +92,7 @@ class Encoder(nn.Module):
 
         The first layers (edges, textures) stay as ImageNet taught them: of a ResNet blocks 2 to 4 are tuned, of
         other convolutional networks the layers from the same depth on, where the map is an eighth of the picture, of a
-        Vision Transformer all blocks, and all that is timm's.
+        Vision Transformer all blocks, and every layer of a timm model.
         """
         self.requires_grad_(False)
         for layer in self.resnet[self.first_tuned:]:
@@ -498,9 +502,9 @@ def build(model: dict[str, Any], weights: str | dict[str, Tensor] | None = None,
         arguments.pop(key) for key in ("encoded_image_size", "encoder", "encoder_stride", "decoder", "attention"))
     if name not in DECODERS:
         raise ValueError(f"there is no decoder {name!r}, only {', '.join(DECODERS)}; add others to models.DECODERS")
-    if size > 256:
-        raise ValueError(f"a map of {size} pixels is larger than the picture")
     encoder = Encoder(size, encoder_name, weights, stride, image_size)
+    if size > (side := image_size or encoder.pixels.image_size):
+        raise ValueError(f"a map of {size} x {size} pixels is larger than the picture, {side} x {side}")
     decoder = DECODERS[name](**{"encoder_dim": encoder.encoder_dim, "map_size": size, **arguments})
     if kind != "soft":
         decoder.attention = ATTENTIONS[kind](encoder.encoder_dim, model["decoder_dim"], model["attention_dim"])
@@ -516,26 +520,56 @@ def restore(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[Encod
     try:
         try:
             with torch.device("meta"):  # shapes alone: first weights, replaced at once, would take a second to draw
-                encoder, decoder = rebuilt(checkpoint)
-            whole = not any(each.is_meta for each in chain(encoder.buffers(), decoder.buffers()))
+                models = rebuilt(checkpoint)
         except RuntimeError:  # RegNet computes with its first weights
-            whole = False
-        if not whole:  # timm's Swin computes its masks, which are no weights
-            encoder, decoder = rebuilt(checkpoint)
+            with limited(checkpoint):
+                models = rebuilt(checkpoint)
+        fill(models, checkpoint)
+        if any(each.is_meta for model in models for each in model.buffers()):  # timm's Swin computes its masks,
+            with limited(checkpoint):                                          # which are no weights
+                models = rebuilt(checkpoint)
+            fill(models, checkpoint)
     except ImportError:
         raise
+    except UnknownEncoder as error:
+        raise OSError(f"{path}: {error}") from error
     except Exception as error:  # what a file describes can fail in any way
         reason = " ".join(str(error).split())[:200]
         raise OSError(f"{path}: its weights and the model that it names do not fit ({reason}); get the file again, or "
                       "name another") from error
+    encoder, decoder = models
     return encoder.to(torch.float32, memory_format=torch.channels_last), decoder.to(torch.float32).eval()
 
 
 def rebuilt(checkpoint: dict[str, Any]) -> tuple[Encoder, nn.Module]:
+    """What a checkpoint describes, without its weights."""
     pixels = Pixels.of(checkpoint["preprocessing"]) if checkpoint.get("preprocessing") else None
     encoder, decoder = build(checkpoint["model"], None, pixels and pixels.image_size)
     encoder.pixels = pixels or encoder.pixels
-    for module, weights in ((encoder, checkpoint["encoder"]), (decoder, checkpoint["decoder"])):
-        own = {name: each.clone() for name, each in weights.items()}  # or the file would stay mapped
-        module.load_state_dict(own, assign=True)
     return encoder, decoder
+
+
+def fill(models: tuple[Encoder, nn.Module], checkpoint: dict[str, Any]) -> None:
+    """Gives both their weights."""
+    for module, name in zip(models, ("encoder", "decoder"), strict=True):
+        own = {key: each.clone() for key, each in checkpoint[name].items()}  # or the file would stay mapped
+        module.load_state_dict(own, assign=True)
+
+
+@contextmanager
+def limited(checkpoint: dict[str, Any]) -> Iterator[None]:
+    """Whoever makes far more weights within than a checkpoint holds gets a ValueError: a small file that describes a
+    large model must not take its memory. Some more there are, of the classifier's head and of what is cut off."""
+    held = sum(each.numel() for name in ("encoder", "decoder") for each in checkpoint[name].values())
+    left, own = [10 * held + 10 ** 8], threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        left[0] -= parameter.numel() if threading.get_ident() == own else 0
+        if left[0] < 0:
+            raise ValueError(f"it describes a larger model than its {held} weights are of")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

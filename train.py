@@ -615,7 +615,8 @@ def add_more_flags(parser: argparse.ArgumentParser) -> None:
     add("--encoder", default="resnet101", metavar="NAME",
         help="a torchvision model, timm:NAME, efficientnet_lite0 or efficientnet_lite2 (default: resnet101)")
     add("--encoder_weights", default="IMAGENET1K_V1", metavar="NAME|FILE|none",
-        help="torchvision's name, a file, or none for random ones (default: IMAGENET1K_V1)")
+        help="torchvision's name (of timm's models the name tells them), a file, or none for random ones (default: "
+        "IMAGENET1K_V1)")
     add("--encoder_stride", type=int, choices=(16, 32), default=32, metavar="16|32",
         help="pixels from one region of the encoder's map to the next; 32: its last map, 16: the last that fine "
         "(default: 32)")

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.trunk import Pixels, Trunk, chain, load_trunk, no_map, to_map
+from encoders.trunk import Pixels, Trunk, chained, load_trunk, no_map
 
 Weights = str | dict[str, Tensor] | None  # see `models.Encoder`
+
+
+class UnknownEncoder(ValueError):
+    """No package has a model of that name here."""
 
 
 def find_trunk(name: str, weights: Weights, stride: int, image_size: int | None = None) -> Trunk:
@@ -24,8 +28,8 @@ def find_trunk(name: str, weights: Weights, stride: int, image_size: int | None 
         OSError: the weights cannot be downloaded. ValueError: no such model, weights or map.
         ImportError: a package that it needs is not there; the message says which.
     """
-    known = name if name in ENCODERS else name.partition(":")[0]
-    return ENCODERS.get(known, torchvision_trunk)(name, weights, stride, image_size)
+    find = timm_trunk if name.startswith("timm:") else ENCODERS.get(name, torchvision_trunk)
+    return find(name, weights, stride, image_size)
 
 
 def efficientnet_lite_trunk(name: str, weights: Weights, stride: int, _: int | None) -> Trunk:
@@ -43,7 +47,7 @@ def efficientnet_lite_trunk(name: str, weights: Weights, stride: int, _: int | N
         weights = torch.load(path, map_location="cpu", weights_only=True)
     relu6 = model._swish  # the lite models' activation, under the name it has in the full ones
     layers = [model._conv_stem, model._bn0, relu6, *model._blocks, model._conv_head, model._bn1, relu6]
-    found = chain(name, layers, stride)
+    found = chained(name, layers, stride)
     if weights is not None:
         load_trunk(found.layers, model.state_dict(), weights)
     return found
@@ -54,29 +58,32 @@ def efficientnet_lite_trunk(name: str, weights: Weights, stride: int, _: int | N
 def torchvision_trunk(name: str, weights: Weights, stride: int, image_size: int | None) -> Trunk:
     """That of a torchvision classifier: a chain of convolutions, a Swin Transformer or a Vision Transformer."""
     import torchvision  # takes two seconds, for which those who need none of its networks need not wait
+    if name.lower() not in torchvision.models.list_models(torchvision.models):  # a detector would fetch weights itself
+        raise UnknownEncoder(f"torchvision has no model {name}, or it is no classifier; give a name of "
+                             "torchvision.models.list_models(torchvision.models), or get a newer one: "
+                             "pip install -U torchvision")
     size = (image_size or places_of(name, weights)) if name.lower().startswith("vit_") else None
     options = {"image_size": size} if size else {}
     try:
-        if name.lower() not in torchvision.models.list_models(torchvision.models):
-            raise ValueError("it is no classifier")  # a detector would fetch weights of its own
         model = torchvision.models.get_model(name, weights=weights if isinstance(weights, str) else None, **options)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken download fails its checksum
         if not isinstance(weights, str):
             raise
         raise not_fetched(f"the {weights} weights of {name}", error) from error
     except (ValueError, KeyError) as error:
-        raise ValueError(f"torchvision has no model {name} with weights {weights}: {error}") from error
+        raise ValueError(f"torchvision has no weights {weights} of {name}: {error}" if isinstance(weights, str) else
+                         f"torchvision cannot make {name}: {error}") from error
     if isinstance(model, torchvision.models.VisionTransformer):
         found = vision_transformer(name, model, stride)
     elif isinstance(model, torchvision.models.SwinTransformer):
         size = torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
-        found = chain(name, [*model.features, model.norm], stride, channels_last=True)
+        found = chained(name, [*model.features, model.norm], stride, channels_last=True)
         found = found._replace(pixels=Pixels(size))
     else:
         layers = list(model.features if hasattr(model, "features") else model.children())
         while isinstance(layers[-1], (nn.Linear, nn.Dropout, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):  # the last is
             layers.pop()                                        # VGG's: the paper looks at the 14 x 14 x 512 before
-        found = chain(name, layers, stride)
+        found = chained(name, layers, stride)
     if isinstance(weights, dict):
         load_trunk(found.layers, model.state_dict(), weights)
     return found
@@ -124,31 +131,15 @@ class LastTokens(nn.Module):
         self.ln = ln
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return to_map(self.ln(tokens), others=1)
+        patches = self.ln(tokens)[:, 1:].transpose(1, 2)                        # (N, C, h * w), without the class's
+        return patches.unflatten(2, (math.isqrt(patches.size(2)), -1))          # row by row of the picture
 
 
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
-def timm_trunk(name: str, weights: Weights, stride: int, _: int | None) -> Trunk:
+def timm_trunk(name: str, weights: Weights, stride: int, image_size: int | None) -> Trunk:
     """That of "timm:NAME" or "timm:NAME.TAG", any model of timm's; the tag names the weights. Stage 2 tunes it all."""
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(f"{name} needs: pip install timm") from error
-    own = name.removeprefix("timm:")
-    if not timm.is_model(own):  # "hf-hub:..." would fetch what a stranger's checkpoint names
-        raise ValueError(f"timm {timm.__version__} has no model {own}; give a name of timm.list_models() as timm:NAME")
-    if isinstance(weights, str) and weights != "IMAGENET1K_V1":  # the flag's default
-        raise ValueError(f"of timm's models the name tells the weights, {name}.TAG, and not {weights}")
-    try:
-        model = timm.create_model(own, pretrained=isinstance(weights, str))
-    except Exception as error:  # a download can fail in any way
-        if isinstance(weights, str):
-            raise not_fetched(f"the weights of {name}", error) from error
-        raise ValueError(f"timm {timm.__version__} cannot make {own}: {error}") from error
-    if not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"timm {timm.__version__} does not give maps of {own}; get a newer one: "
-                         "pip install -U timm")
+    model = timm_model(name, weights, image_size)
     size, mean, std = (model.pretrained_cfg[key] for key in ("input_size", "mean", "std"))
     maps = list(getattr(model.feature_info, "info", model.feature_info))  # of each what it is
     last = max((i for i, each in enumerate(maps) if each["reduction"] <= stride), default=None)
@@ -160,7 +151,43 @@ def timm_trunk(name: str, weights: Weights, stride: int, _: int | None) -> Trunk
     layer = LastMap(model, last, norm=last == len(maps) - 1 and hasattr(model, "norm"))
     if isinstance(weights, dict):
         load_trunk([layer], whole, weights)
-    return Trunk([layer], maps[last]["num_chs"], 0, Pixels(size[1], tuple(mean), tuple(std)))
+    return Trunk([layer], maps[last]["num_chs"], 0, Pixels(image_size or size[1], tuple(mean), tuple(std)))
+
+
+def timm_model(name: str, weights: Weights, image_size: int | None) -> Any:
+    """The model itself, with its head. Errors: see `find_trunk`."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"{name} needs: pip install timm") from error
+    own = name.removeprefix("timm:")
+    if not timm.is_model(own):  # "hf-hub:..." would fetch what a stranger's checkpoint names
+        raise UnknownEncoder(f"timm {timm.__version__} has no model {own}; give a name of timm.list_models() as "
+                             "timm:NAME, or get a newer one: pip install -U timm")
+    try:
+        config = timm.models.get_pretrained_cfg(own)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_models(f"{own.partition('.')[0]}.*", pretrained=True)) or "the name without a tag"
+        raise UnknownEncoder(f"timm {timm.__version__} has no {own}, only {tags}; or get a newer one: pip install -U "
+                             "timm") from error
+    if isinstance(weights, str) and weights != "IMAGENET1K_V1":  # the flag's default
+        raise ValueError(f"with timm, the name selects the weights, {name}.TAG, and not {weights}")
+    if isinstance(weights, str) and not timm.models.is_model_pretrained(own):
+        raise ValueError(f"timm {timm.__version__} has no weights for {own}; give a file with --encoder_weights FILE, "
+                         "or start from nothing with --encoder_weights none")
+    # Of those for one size the checkpoint knows which: the same name may mean others in another version of timm.
+    other = image_size and config and config.fixed_input_size and image_size != config.input_size[1]
+    try:
+        model = timm.create_model(own, pretrained=isinstance(weights, str),
+                                  **({"img_size": image_size} if other else {}))
+    except Exception as error:  # a download can fail in any way
+        if isinstance(weights, str):
+            raise not_fetched(f"the weights of {name}", error) from error
+        raise ValueError(f"timm {timm.__version__} cannot make {own}: {error}") from error
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"timm {timm.__version__} does not give maps of {own}; get a newer one: "
+                         "pip install -U timm")
+    return model
 
 
 class LastMap(nn.Module):
@@ -180,4 +207,4 @@ class LastMap(nn.Module):
 
 
 ENCODERS: dict[str, Callable[..., Trunk]] = {
-    "efficientnet_lite0": efficientnet_lite_trunk, "efficientnet_lite2": efficientnet_lite_trunk, "timm": timm_trunk}
+    "efficientnet_lite0": efficientnet_lite_trunk, "efficientnet_lite2": efficientnet_lite_trunk}

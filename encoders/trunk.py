@@ -24,16 +24,29 @@ class Pixels(NamedTuple):
 
     @staticmethod
     def of(described: dict[str, Any]) -> Pixels:
-        """From what a checkpoint holds. Raises ValueError or TypeError where that makes no sense."""
-        size, mean, std = described["image_size"], *(tuple(map(float, described[name])) for name in ("mean", "std"))
-        if type(size) is not int or not 32 <= size <= 2048 or not len(mean) == len(std) == 3:
-            raise ValueError(f"pictures of {size!r} pixels, with {len(mean)} means and {len(std)} deviations")
-        if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-            raise ValueError(f"pixels of mean {mean} and deviation {std}")
-        return Pixels(size, mean, std)
+        """From what a checkpoint holds: what an older file lacks is ImageNet's, and one number is of all three colours.
+
+        Raises:
+            ValueError: that makes no sense.
+        """
+        try:
+            size, mean, std = (described.get(name, usual) for name, usual in IMAGENET.described().items())
+            mean, std = (tuple(map(float, each)) * (3 if len(each) == 1 else 1) for each in (mean, std))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"its preprocessing cannot be read: {error}") from error
+        return Pixels(size, mean, std).checked()
+
+    def checked(self) -> Pixels:
+        """Itself. Raises ValueError where it makes no sense."""
+        size, mean, std = self
+        if type(size) is not int or not 32 <= size <= 2048:
+            raise ValueError(f"its pictures are of {size!r} pixels; 32 to 2048 are possible")
+        if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError(f"its pixels have the mean {mean} and the deviation {std}, and not three numbers each")
+        return self
 
 
-IMAGENET = Pixels()  # of every convolutional encoder of torchvision's
+IMAGENET = Pixels()  # of torchvision's convolutional encoders
 
 
 class Trunk(NamedTuple):
@@ -45,7 +58,7 @@ class Trunk(NamedTuple):
     pixels: Pixels = IMAGENET
 
 
-def chain(name: str, layers: Sequence[nn.Module], stride: int, channels_last: bool = False) -> Trunk:
+def chained(name: str, layers: Sequence[nn.Module], stride: int, channels_last: bool = False) -> Trunk:
     """A chain of layers up to its last map of that stride; VGG, whose last is of 16, gives that for 32 too.
 
     Stage 2 tunes from the first map on that is an eighth of the picture or smaller.
@@ -56,8 +69,8 @@ def chain(name: str, layers: Sequence[nn.Module], stride: int, channels_last: bo
     sizes, channels = measure(name, layers, channels_last)
     strides = [2 ** round(math.log2(PROBE / size)) for size in sizes]  # a map without padding is somewhat smaller
     if strides[-1] > stride and stride not in strides and any(type(each) is nn.Sequential for each in layers):
-        return chain(name, [part for each in layers  # RegNet is a stem, and all the rest in one
-                            for part in (each if type(each) is nn.Sequential else [each])], stride, channels_last)
+        return chained(name, [part for each in layers  # RegNet is a stem, and all the rest in one
+                              for part in (each if type(each) is nn.Sequential else [each])], stride, channels_last)
     last = max((i for i, each in enumerate(strides) if each == min(stride, strides[-1])), default=-1)
     tuned = next((i for i, size in enumerate(sizes) if size <= PROBE / 8), len(sizes))
     if tuned > last:
@@ -66,8 +79,8 @@ def chain(name: str, layers: Sequence[nn.Module], stride: int, channels_last: bo
 
 
 def no_map(name: str, stride: int, last: int) -> ValueError:
-    return ValueError(f"{name} has no map of {stride} pixels a region, its last is of {last}; name another encoder, or "
-                      "a larger --encoder_stride")
+    return ValueError(f"{name} has no map with a stride of {stride} (its last has {last}); name another encoder"
+                      f"{', or take --encoder_stride 32' * (stride < last <= 32)}")
 
 
 @torch.no_grad()
@@ -91,15 +104,6 @@ class ChannelsFirst(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features.permute(0, 3, 1, 2)
-
-
-def to_map(tokens: Tensor, others: int) -> Tensor:
-    """A Vision Transformer's tokens (N, others + h * w, C), row by row of the picture, to the map (N, C, h, w).
-
-    The others, of the class and registers, come first and are of no region.
-    """
-    patches = tokens[:, others:].transpose(1, 2)                                # (N, C, h * w)
-    return patches.unflatten(2, (math.isqrt(patches.size(2)), -1))
 
 
 def load_trunk(layers: Sequence[nn.Module], whole: dict[str, Tensor], weights: dict[str, Tensor]) -> None:

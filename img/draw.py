@@ -21,14 +21,17 @@ from typing import Any
 import numpy as np
 import skimage.data
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Polygon
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are
+
+# First: where MPLBACKEND names what is not installed, matplotlib cannot be imported.
+import drawing  # noqa: E402, F401, I001
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import FancyBboxPatch, Polygon  # noqa: E402
 
 from demo.shapes import draw_scene, five_captions  # noqa: E402
 from drawing.panels import fit, panel  # noqa: E402

@@ -25,8 +25,7 @@ def about_left_out(other_splits: Counter[str], without: Sequence[Path], lengths:
         notes.append(f"{other_splits.total()} pictures left out: of the splits {names}; those that are read are "
                      f"{', '.join(SPLITS)}, so rename them to keep the pictures")
     if without:
-        names = ", ".join(map(str, without[:5])) + ", ..." * (len(without) > 5)
-        notes.append(f"{len(without)} pictures left out: without captions ({names}); write some to keep them")
+        notes.append(f"{counted(without, 'left out, without captions')}; write some to keep them")
     every = [n for own in lengths for n in own]
     longer = [n for n in every if n > max_len]
     if longer:
@@ -42,9 +41,9 @@ def about_twice(listed: Mapping[Path, Sequence[str | None]]) -> list[str]:
     across = {path: splits for path, splits in twice.items() if len(splits) > 1}
     notes = []
     if across:
-        names = ", ".join(f"{path} ({', '.join(splits)})" for path, splits in [*across.items()][:5])
-        notes.append(f"warning: {len(across)} pictures are in several splits: {names}{', ...' * (len(across) > 5)}; "
-                     "keep each in one, or scores will be of pictures that were learnt")
+        named = [f"{path} ({', '.join(splits)})" for path, splits in across.items()]
+        notes.append(f"warning: {counted(named, 'in several splits')}; keep each in one, or the model is scored on "
+                     "pictures that it was trained on")
     if within := [path for path in twice if path not in across]:
         notes.append(f"{counted(within, 'listed more than once')}; put all captions of a picture together")
     return notes

@@ -125,7 +125,8 @@ def _refuse_others(path: str | Path) -> None:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 kind = ("TorchScript, a program, which is not run; if you trust it, "
-                        f"torch.save(torch.jit.load({str(path)!r}).state_dict(), FILE) takes the weights out")
+                        f"torch.save(torch.jit.load({str(path)!r}).state_dict(), FILE) takes the weights out, "
+                        "for train.py's --encoder_weights")
     if kind:
         raise InputError(f"{path}: refused, this is {kind}")
 

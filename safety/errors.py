@@ -44,7 +44,7 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
     Args:
         resume_hint: what to say when the script was stopped.
     """
-    lost = make_everything_printable()
+    lost, before = make_everything_printable()
     parser.add_argument("--debug", action="store_true", help="show where in the code a failure arose")
     parser.error = lambda message: parser.exit(2, printable(f"{parser.prog}: {message} (--help tells the flags)\n"))
     if refusal := misread(sys.argv[1:], parser):
@@ -63,7 +63,7 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
             if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
                 dist.destroy_process_group()
     except (KeyboardInterrupt, Exception) as error:
-        drop_what_cannot_be_printed()
+        drop_what_cannot_be_printed(before)
         if SIGNALS or isinstance(error, KeyboardInterrupt):  # any failure after a signal is its consequence
             if not dist.is_initialized() or dist.get_rank() == 0:  # one line from all processes
                 with suppress(OSError):                      # a terminal that went away
@@ -85,6 +85,7 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
         for bar in list(getattr(tqdm, "_instances", [])):
             with suppress(OSError):
                 bar.close()  # or the line would stand behind a half-drawn bar
+        put_back(before)
 
 
 def release_frames(error: BaseException | None) -> None:
@@ -95,15 +96,17 @@ def release_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def make_everything_printable() -> list[OSError]:
+def make_everything_printable() -> tuple[list[OSError], dict[int, int]]:
     """Whatever a stream's encoding lacks is printed as JSON's escape (\\u03b3), so that printed JSON stays JSON. And
     where a terminal goes away, or a disk is full, what is printed from then on is lost, and nothing else.
 
     Returns:
-        A list to which the errors of standard output will be added, except a terminal's end, which nobody sees.
+        A list to which the errors of standard output will be added, except a terminal's end, which nobody sees; and a
+        dict of the descriptors that will lead nowhere, each with a copy of what it was.
     """
     codecs.register_error("json", lambda error: (json.dumps(error.object[error.start:error.end])[1:-1], error.end))
     lost: list[OSError] = []
+    before: dict[int, int] = {}
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # where nobody listens
@@ -111,31 +114,49 @@ def make_everything_printable() -> list[OSError]:
         elif isinstance(stream, io.TextIOWrapper):  # a notebook's is none, and UTF-8
             stream.reconfigure(errors="json")
             for method in ("write", "flush"):
-                setattr(stream, method, partial(print_or_lose, stream, method, lost if name == "stdout" else []))
-    return lost
+                setattr(stream, method, partial(print_or_lose, stream, method, before,
+                                                lost if name == "stdout" else []))
+    return lost, before
 
 
-def print_or_lose(stream: io.TextIOWrapper, method: str, lost: list[OSError], *args: Any) -> Any:
+def print_or_lose(stream: io.TextIOWrapper, method: str, before: dict[int, int], lost: list[OSError],
+                  *args: Any) -> Any:
     """Calls a stream's own `write` or `flush`. A reader that ends, such as `head`, still ends the command."""
     try:
         return getattr(type(stream), method)(stream, *args)  # not the attribute, which this function stands for
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        to_nowhere(stream)
+        to_nowhere(stream, before)
         lost += [error] if error.errno != errno.EIO else []
+        return len(*args) if args else None  # as if it had been written
 
 
-def drop_what_cannot_be_printed() -> None:
+def drop_what_cannot_be_printed(before: dict[int, int]) -> None:
     """Where standard output is closed, Python would complain once more at its own end."""
     try:
         sys.stdout.flush()
     except OSError:
-        to_nowhere(sys.stdout)
+        to_nowhere(sys.stdout, before)
 
 
-def to_nowhere(stream: io.TextIOWrapper) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def to_nowhere(stream: io.TextIOWrapper, before: dict[int, int]) -> None:
+    if stream.fileno() not in before:
+        before[stream.fileno()] = os.dup(stream.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def put_back(before: dict[int, int]) -> None:
+    """Gives a host, such as a notebook, its streams as they were, without what could not be written."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # it may be closed
+            stream.flush()
+    while before:
+        descriptor, copy = before.popitem()
+        os.dup2(copy, descriptor)
+        os.close(copy)
 
 
 def reason(error: Exception) -> str:

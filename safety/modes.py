@@ -25,10 +25,10 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         raise ValueError("EPS is a program for PostScript, and is not run")  # Pillow would call Ghostscript
     try:
         picture.load()  # by which Pillow turns a TIFF itself
-    except Exception:
+    except ValueError:  # of damaged pixels it is an OSError
         if getattr(picture, "tile", True):
             raise
-        picture.load()  # all pixels were read before, and metadata behind them failed
+        picture.load()  # all pixels were read before, and too long a text behind them failed
     exif = picture.info.get("exif")
     turn = orientation(exif) if isinstance(exif, bytes) else 0
     with suppress(Exception):  # Pillow looks in other places, too, and may find anything there
@@ -53,7 +53,7 @@ def deep_to_bytes(picture: Image.Image) -> np.ndarray:
     gap = -9999.0  # where no tag tells, as most maps have it
     with suppress(ValueError, TypeError):
         gap = float(tags.get(NO_DATA, gap))
-    gaps = pixels == gap
+    gaps = np.isnan(pixels) if np.isnan(gap) else pixels == gap
     if gaps.any() and not gaps.all():
         pixels = np.where(gaps, pixels[~gaps].min(), pixels)
     found = to_bytes(pixels)
@@ -69,8 +69,9 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
     The range begins at 0 and ends at 1 (of floats), or at the highest number of 8, 10, 12, 14 or 16 bits, whichever
     first holds all values; where none does, or all lie within a sixteenth of it, it is from the lowest to the highest.
     Numbers of 16 bits with a sign have 15 at most. Where all but a thousandth of the values lie within the lowest
-    sixteenth, the others are faults of a sensor, and count as the highest of those. A picture of one value has no
-    range, and is taken for one of 16 bits, or of floats from 0 to 255.
+    sixteenth, and the others are single pixels of one value, these are faults of a sensor, and count as the highest of
+    those; stars, lamps and markers stay. A picture of one value has no range, and is taken for one of 16 bits, or of
+    floats from 0 to 255.
     """
     low, high, integer = np.float64(pixels.min()), np.float64(pixels.max()), pixels.dtype.kind in "iu"
     if not np.isfinite([low, high]).all():
@@ -78,7 +79,7 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
     if low == high:
         return np.full(pixels.shape, np.clip(low, 0, 65535) // 256 if integer else np.clip(low, 0, 255), np.uint8)
     sound = pixels <= low + (high - low) / 16
-    if 0.999 * pixels.size <= np.count_nonzero(sound) < pixels.size and pixels[sound].max() > low:
+    if 0.999 * pixels.size <= np.count_nonzero(sound) and pixels[sound].max() > low and are_faults(~sound, pixels):
         pixels = np.minimum(pixels, pixels[sound].max())
         high = np.float64(pixels.max())
     bits = next((bits for bits in (8, 10, 12, 14, 15 if pixels.dtype == np.int16 else 16) if high < 2 ** bits), 0)
@@ -88,3 +89,9 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
             return (pixels >> bits - 8).astype(np.uint8)
         low, high = np.float64(0), np.float64(top)
     return ((pixels - low) * (255 / (high - low))).round().astype(np.uint8)
+
+
+def are_faults(bright: np.ndarray, pixels: np.ndarray) -> bool:
+    """Whether the bright ones (H, W) of the pixels all have one value, and none has another beside it."""
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(bright, 1), (3, 3))[bright]    # (bright ones, 3, 3)
+    return bool(np.ptp(pixels[bright]) == 0 and around.sum(axis=(1, 2)).max() == 1)

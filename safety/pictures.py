@@ -67,7 +67,7 @@ def spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def counted(paths: Sequence[Path], what: str) -> str:
+def counted(paths: Sequence[Path | str], what: str) -> str:
     """"3 pictures WHAT: " and their names, of many the first ones."""
     return (f"{len(paths)} picture{'s' * (len(paths) > 1)} {what}: {', '.join(map(str, paths[:5]))}"
             f"{', ...' * (len(paths) > 5)}")

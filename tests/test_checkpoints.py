@@ -66,7 +66,7 @@ def our_state() -> dict[str, Any]:
     optimizer.step()
     return {"encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "word_map": WORDS,
             "model": {"encoder": "mobilenet_v3_small", "encoded_image_size": 3, **arguments},
-            "preprocessing": {"image_size": 256, "mean": [0.5] * 3, "std": [0.2] * 3}, "scores": {"bleu4": 1.5},
+            "preprocessing": {"mean": [0.5]}, "scores": {"bleu4": 1.5},
             "training": {"epoch": 3, "optimizers": {"decoder": optimizer.state_dict()}}}
 
 
@@ -485,7 +485,7 @@ def keras(path):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("write, words", [(torchscript, "TorchScript, a program, which is not run"),
+@pytest.mark.parametrize("write, words", [(torchscript, "takes the weights out, for train.py's --encoder_weights"),
                                           (keras, "HDF5, as Keras's models")])
 def test_models_of_other_kinds_are_named(write, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -168,7 +168,22 @@ def test_a_few_hot_pixels_do_not_darken_the_others(tmp_path, bits, kind):
     assert np.abs(read_image(picture).astype(float) - np.where(hot, 255, PHOTO)).max() <= 1
 
 
-@pytest.mark.parametrize("told, gap", [(None, -9999), ("-3.4e38", -3.4e38), ("-32768", -32768), ("none", -9999)])
+@pytest.mark.parametrize("kind", ["stars", "a marker", "stars that are saturated"])
+def test_small_bright_things_stay_bright(kind):
+    """Only what no thing can be, single pixels that are all saturated, is a fault of the sensor."""
+    values, rng = PHOTO / 4, np.random.default_rng(1)
+    for y, x in rng.integers(1, 255, (9, 2)):
+        size = 2 if kind == "stars that are saturated" else 1
+        values[y:y + size, x:x + size] = 65535 if size == 2 else rng.integers(30_000, 60_000)
+    if kind == "a marker":
+        values = PHOTO / 4
+        values[9:14, 9:14] = 65535
+    picture = Image.fromarray(values.astype("u2"))
+    assert np.array_equal(read_image(picture)[0], np.asarray(picture) >> 8)
+
+
+@pytest.mark.parametrize("told, gap", [(None, -9999), ("-3.4e38", -3.4e38), ("-32768", -32768), ("none", -9999),
+                                         ("nan", np.nan)])
 def test_where_nothing_was_measured_the_rest_is_seen(tmp_path, told, gap):
     gaps = np.zeros(PHOTO.shape, bool)
     gaps[:50] = True
@@ -287,6 +302,19 @@ def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
     path = save(tmp_path / "x.gif", frames[0], save_all=True, append_images=frames[1:])
     assert corners(read_image(path)) == "rrrr"
+
+
+@pytest.mark.parametrize(("suffix", "options"), [
+    ("png", {}), ("tiff", {"compression": "tiff_lzw"}), ("gif", {}), ("jp2", {})])
+def test_damaged_pixels_are_refused(tmp_path, suffix, options):
+    """Pillow would then give those that it had not come to as black."""
+    path = save(tmp_path / f"x.{suffix}", Image.effect_noise((64, 64), 60), **options)
+    file = path.read_bytes()
+    middle = len(file) // 2
+    end = b"" if suffix == "jp2" else b"\xff" * (middle // 2) + file[middle + middle // 2:]  # JPEG 2000 forgives more
+    path.write_bytes(file[:middle] + end)
+    with refused(str(path), "cannot be read"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("content", ["truncated", b"", b"no picture at all", None])

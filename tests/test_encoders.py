@@ -22,8 +22,8 @@ from torchvision.transforms.v2.functional import resize
 import caption
 import eval as evaluation
 from datasets import CaptionDataset, encode, normalize
-from encoders.trunk import IMAGENET, Pixels
-from models import DecoderWithAttention, Encoder, restore
+from encoders.trunk import IMAGENET, Pixels, Trunk
+from models import ENCODERS, DecoderWithAttention, Encoder, build, restore
 from training.features import keep_features
 
 CPU = torch.device("cpu")
@@ -68,7 +68,8 @@ def test_a_vision_transformer_gives_the_tokens_of_its_patches(vit: list[VisionTr
     encoder.fine_tune()
     frozen = {name for name, each in encoder.named_parameters() if not each.requires_grad}
     assert {name.split(".")[1] for name in frozen} == {"0"} and len(frozen) == 4
-    with pytest.raises(ValueError, match="vit_b_16 has no map of 8 pixels a region, its last is of 16; name"):
+    with pytest.raises(ValueError, match=r"^vit_b_16 has no map with a stride of 8 \(its last has 16\); name another "
+                                         "encoder, or take --encoder_stride 32$"):
         Encoder(4, "vit_b_16", stride=8)
 
 
@@ -122,12 +123,41 @@ def test_what_a_checkpoint_says_of_its_pictures_is_used() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("image_size", 10 ** 9), ("image_size", "256"), ("image_size", 0), ("mean", [0.5]), ("mean", None),
+    ("image_size", 10 ** 9), ("image_size", "256"), ("image_size", 0), ("mean", [0.5, 0.5]), ("mean", None),
     ("mean", [math.nan] * 3), ("std", [1, 0, 1]), ("std", ["a"] * 3)])
 def test_pictures_that_make_no_sense_are_refused(name: str, value: Any) -> None:
     checkpoint = checkpoint_of(Encoder(4, ENCODER), ENCODER, preprocessing=IMAGENET.described() | {name: value})
     with pytest.raises(OSError, match=r"model\.pth\.tar: its weights and the model that it names do not fit"):
         restore(checkpoint, "model.pth.tar")
+
+
+@pytest.mark.parametrize(("held", "pixels"), [
+    ({"mean": [0.5]}, Pixels(256, (0.5,) * 3)), ({"image_size": 224}, Pixels(224)),
+    ({"std": [1, 2, 3], "of another": 1}, Pixels(std=(1.0, 2.0, 3.0)))])
+def test_what_an_older_file_does_not_say_of_its_pictures_is_imagenets(held: dict[str, Any], pixels: Pixels) -> None:
+    assert restore(checkpoint_of(Encoder(4, ENCODER), ENCODER, preprocessing=held))[0].pixels == pixels
+
+
+@pytest.mark.parametrize("held", [["mean"], {"mean": 0.5}, {"std": None}, {"std": ["a"]}, {"mean": []}])
+def test_what_cannot_be_read_of_pictures_is_a_value_error(held: Any) -> None:
+    with pytest.raises(ValueError, match=r"^its (preprocessing cannot be read|pixels have the mean)"):
+        Pixels.of(held)
+
+
+@pytest.mark.parametrize("pixels", [Pixels(16), Pixels(4096), Pixels(std=(0.0,) * 3)])
+def test_an_encoder_of_your_own_must_make_sense_before_it_is_trained(pixels: Pixels,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else days later its checkpoint could not be read."""
+    monkeypatch.setitem(ENCODERS, "own", lambda *_: Trunk([nn.Conv2d(3, 2, 8, 8)], 2, 0, pixels))
+    with pytest.raises(ValueError, match=r"32 to 2048|the deviation"):
+        Encoder(4, "own")
+
+
+def test_a_map_may_be_as_large_as_the_encoders_own_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENCODERS, "own", lambda *_: Trunk([nn.Conv2d(3, 2, 8, 8)], 2, 0, Pixels(64)))
+    assert build({"encoder": "own", "encoded_image_size": 64, **SIZES})
+    with pytest.raises(ValueError, match="a map of 65 x 65 pixels is larger than the picture, 64 x 64"):
+        build({"encoder": "own", "encoded_image_size": 65, **SIZES})
 
 
 def test_features_of_other_pictures_are_kept_in_another_file(prepared: Prepared, tmp_path: Path) -> None:
@@ -168,17 +198,24 @@ class TinyModel(nn.Module):
 
 @pytest.fixture
 def timm(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """A package of that name with one model; and what it was asked for."""
+    """A package of that name with two models, one without weights; and what it was asked for."""
     made: list[tuple[str, bool]] = []
 
-    def create_model(name: str, pretrained: bool) -> TinyModel:
-        made.append((name, pretrained))
+    def create_model(name: str, pretrained: bool, **more: int) -> TinyModel:
+        made.append((name, pretrained, *more.values()))
         if pretrained and name != "tiny.tag":
             raise RuntimeError("no network")
         return TinyModel()
 
+    def get_pretrained_cfg(name: str) -> SimpleNamespace:
+        if name not in ("tiny", "tiny.tag", "bare"):
+            raise RuntimeError("Invalid pretrained tag")
+        return SimpleNamespace(fixed_input_size=name == "tiny.tag", input_size=(3, 64, 64))
+
     monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(
-        is_model=lambda name: name.split(".")[0] == "tiny", create_model=create_model, __version__="0"))
+        is_model=lambda name: name.split(".")[0] in ("tiny", "bare"), create_model=create_model, __version__="0",
+        list_models=lambda pattern, pretrained: ["tiny.tag"] if pattern == "tiny.*" and pretrained else [],
+        models=SimpleNamespace(get_pretrained_cfg=get_pretrained_cfg, is_model_pretrained=lambda name: name != "bare")))
     return made
 
 
@@ -197,7 +234,7 @@ def test_a_model_of_timms_gives_its_last_map_of_the_stride(timm: list[tuple[str,
     assert len(list(encoder.parameters())) == {32: 6, 16: 2}[stride]  # none that is not used
     again, _ = restore(checkpoint_of(encoder, "timm:tiny", stride, preprocessing=encoder.pixels.described()))
     assert torch.equal(again.grid(images), encoder.grid(images))
-    with pytest.raises(ValueError, match="no map of 8 pixels a region, its last is of 32; name"):
+    with pytest.raises(ValueError, match=r"no map with a stride of 8 \(its last has 32\); name"):
         Encoder(4, "timm:tiny", stride=8)
 
 
@@ -209,6 +246,11 @@ def test_the_name_tells_timms_weights(timm: list[tuple[str, bool]], monkeypatch:
     with pytest.raises(ValueError, match=r"timm:tiny\.TAG, and not IMAGENET1K_V2"):
         Encoder(4, "timm:tiny", "IMAGENET1K_V2")
     timm.clear()
+    for weights in ("IMAGENET1K_V1", None):
+        with pytest.raises(ValueError, match=r"timm 0 has no tiny\.tga, only tiny\.tag; or get a newer one"):
+            Encoder(4, "timm:tiny.tga", weights)
+    with pytest.raises(ValueError, match="timm 0 has no weights for bare; give a file with --encoder_weights FILE, or"):
+        Encoder(4, "timm:bare", "IMAGENET1K_V1")
     for name in ("timm:hf-hub:somebody/something", "timm:", "timm"):
         with pytest.raises(ValueError, match="has no model"):
             Encoder(4, name)
@@ -216,6 +258,69 @@ def test_the_name_tells_timms_weights(timm: list[tuple[str, bool]], monkeypatch:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"timm:tiny needs: pip install timm$"):
         Encoder(4, "timm:tiny")
+
+
+def test_a_model_for_pictures_of_one_size_is_made_for_the_checkpoints(timm: list[tuple[Any, ...]]) -> None:
+    """The same name may be for others in another version of timm; a model for all sizes is made as ever."""
+    for name in ("timm:tiny", "timm:tiny.tag"):
+        assert [Encoder(4, name, image_size=size).pixels.image_size for size in (None, 64, 96)] == [64, 64, 96]
+    assert [made[2:] for made in timm] == [(), (), (), (), (), (96,)]
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("timm:newer", "timm 0 has no model newer; .*pip install -U timm$"),
+    ("timm:tiny.newer", r"timm 0 has no tiny\.newer, only tiny\.tag; or get a newer one: pip install -U timm$"),
+    ("vit_b16", "torchvision has no model vit_b16, .*pip install -U torchvision$")])
+def test_a_model_of_a_newer_package_is_named_with_what_to_do(name: str, words: str,
+                                                             timm: list[tuple[str, bool]]) -> None:
+    with pytest.raises(OSError, match=rf"^model\.pth\.tar: {words}"):
+        restore(checkpoint_of(Encoder(4, ENCODER), name), "model.pth.tar")
+    with pytest.raises(ValueError, match=words):
+        Encoder(4, name, {"pos_embedding": torch.zeros(1, 5, 2)})
+
+
+# ---- a small file that describes a large model -----------------------------------------------------------------------
+
+@pytest.fixture
+def computing(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """An encoder that computes with its first weights, as RegNet's; an item for each that was begun."""
+    made: list[None] = []
+
+    def find(*_: Any) -> Trunk:
+        made.append(None)
+        layer = nn.Conv2d(3, 2, 8, 8)
+        layer.weight.sum().item()
+        return Trunk([layer], 2, 0)
+
+    monkeypatch.setitem(ENCODERS, "computing", find)
+    return made
+
+
+def test_weights_that_do_not_fit_build_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only their shapes: a small file may name a large model."""
+    devices: list[str] = []
+    monkeypatch.setitem(ENCODERS, "own", lambda *_: devices.append(torch.empty(0).device.type) or Trunk(
+        [nn.Conv2d(3, 2, 8, 8)], 2, 0))
+    checkpoint = checkpoint_of(Encoder(4, "own"), "own")
+    devices.clear()
+    assert restore(checkpoint) and devices == ["meta"]
+    checkpoint["model"]["vocab_size"] = 10 ** 6
+    with pytest.raises(OSError, match="do not fit"):
+        restore(checkpoint)
+    assert devices == ["meta", "meta"]
+
+
+def test_a_model_that_computes_is_built_as_far_as_its_weights_reach(computing: list[None],
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = checkpoint_of(Encoder(4, "computing"), "computing")
+    assert restore(checkpoint)
+    assert len(computing) == 3
+    monkeypatch.setattr(nn.Embedding, "reset_parameters", lambda _: pytest.fail("it takes the memory"))
+    checkpoint["model"] |= {"vocab_size": 10 ** 6, "embed_dim": 1000}
+    with pytest.raises(OSError, match=r"it describes a larger model than its \d+ weights are of"):
+        restore(checkpoint)
+    monkeypatch.undo()
+    assert nn.Embedding(10, 2 * 10 ** 7, device="meta")  # afterwards anybody may have such models
 
 
 def test_models_without_a_square_map_are_refused(timm: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,3 +384,5 @@ def test_features_that_were_kept_before_fit(prepared: Prepared, tmp_path: Path) 
     for tensor in encoder.state_dict().values():
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     assert dataset.features.path.stem.endswith(digest.hexdigest()[:16])
+    assert hashlib.sha256(str(Encoder(4, "mobilenet_v3_small")).encode()).hexdigest() == (
+        "53979c05a4f1bb2aacf788e6ccdab7033f460ddb70c5f8c9d144d774e97f8398")  # of the layers' names, as they were

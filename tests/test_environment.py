@@ -2,6 +2,7 @@
 names on the command line."""
 from __future__ import annotations
 
+import argparse
 import errno
 import importlib.util
 import io
@@ -29,7 +30,7 @@ import eval as evaluation
 import train
 from datasets import CaptionDataset, load_word_map
 from safety.checkpoints import load_checkpoint
-from safety.errors import UsageError
+from safety.errors import UsageError, run_script
 from safety.files import atomic_write
 from safety.hdf5 import open_array, open_hdf5
 from safety.processes import Place, place_among_processes
@@ -193,12 +194,48 @@ def test_what_cannot_be_printed_ends_nothing(prepared: Prepared, model: Path, tm
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full disk")
-def test_a_full_disk_for_errors_ends_nothing(prepared: Prepared, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_for_errors_ends_nothing(prepared: Prepared, model: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["caption.py", "--img", str(prepared.pictures), "--model", str(model), "--max_len",
                                       "3", "--device", "cpu", "--batch_size", "8"])
     with open("/dev/full", "w", buffering=1) as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        caption.run_script(caption.main, caption.get_parser())
+        caption.run_script(lambda args: [print("lost", file=sys.stderr), caption.main(args)], caption.get_parser())
+    assert capsys.readouterr().out.count(".png: ") == len(list(prepared.pictures.iterdir()))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full disk")
+def test_a_host_has_its_output_back_after_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was printed is lost, as if it had been written; no descriptor stays open."""
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    written = []
+    with open("/dev/full", "w", buffering=1) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        before = sorted(each.name for each in Path("/proc/self/fd").iterdir())
+        for _ in range(2):
+            with pytest.raises(SystemExit, match="all else is done"):
+                run_script(lambda _: written.extend([sys.stdout.write("lost\n"), sys.stdout.write("too\n")]),
+                           argparse.ArgumentParser())
+            assert Path(f"/proc/self/fd/{stdout.fileno()}").readlink() == Path("/dev/full")
+        assert sorted(each.name for each in Path("/proc/self/fd").iterdir()) == before
+    assert written == [5, 4] * 2
+
+
+@pytest.mark.parametrize("named", ["module://json", "module://no_such.window", None])
+def test_a_notebooks_backend_is_not_waited_for(named: str) -> None:
+    """To look whether it is there takes no matplotlib, for which a caption need not wait."""
+    code = "import drawing, os, sys; print('matplotlib' in sys.modules, os.environ.get('MPLBACKEND'))"
+    others = {name: each for name, each in os.environ.items() if name != "MPLBACKEND"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, text=True, capture_output=True,
+                          env={**others, "MPLBACKEND": named} if named else others)
+    assert done.stdout == f"False {'agg' if named and 'no_such' in named else named}\n", done.stderr
+
+
+@pytest.mark.parametrize("module", ["training.curves", "img.draw"])
+def test_whoever_draws_needs_no_notebook(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=HERE.parent, text=True, capture_output=True,
+                          env={**os.environ, "MPLBACKEND": "no_such_window"})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("named", "taken"), [

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import models
 from caption import Search, beam_search
-from encoders.trunk import chain
+from encoders.trunk import chained
 from models import (
     Attention,
     Caption,
@@ -417,9 +417,9 @@ def test_a_finer_map_is_the_last_of_its_stride(name: str, shape: tuple[int, ...]
 
 def test_a_map_that_no_layer_gives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 4, 4)]
-    monkeypatch.setitem(models.ENCODERS, "steep", lambda name, _, stride, __: chain(name, layers, stride))
+    monkeypatch.setitem(models.ENCODERS, "steep", lambda name, _, stride, __: chained(name, layers, stride))
     assert Encoder(name="steep").encoder_dim == 8
-    with pytest.raises(ValueError, match="steep has no map of 16 pixels a region, its last is of 32; name"):
+    with pytest.raises(ValueError, match=r"steep has no map with a stride of 16 \(its last has 32\); name another"):
         Encoder(name="steep", stride=16)
 
 
@@ -454,7 +454,7 @@ def test_what_has_no_trunk_is_refused(name: str) -> None:
 
 def test_one_pixel_is_no_grid_to_look_at(monkeypatch) -> None:
     layers = [nn.Conv2d(3, 8, 16, 16), nn.AdaptiveAvgPool2d(1)]
-    monkeypatch.setitem(models.ENCODERS, "pooled", lambda name, _, stride, __: chain(name, layers, stride))
+    monkeypatch.setitem(models.ENCODERS, "pooled", lambda name, _, stride, __: chained(name, layers, stride))
     with pytest.raises(ValueError, match="no trunk that attention"):
         Encoder(name="pooled")
 

@@ -181,7 +181,7 @@ def test_pictures_of_other_splits_and_without_captions_are_counted_and_named(tmp
     lines = summary(capsys, tmp_path, images)
     assert any(line.startswith("3 pictures left out: of the splits dev (2), TRAIN (1); ") and "rename" in line
                for line in lines)
-    assert any(line.startswith("2 pictures left out: without captions (4.png, 5.png)") for line in lines)
+    assert any(line.startswith("2 pictures left out, without captions: 4.png, 5.png; write") for line in lines)
 
 
 def test_pictures_that_are_there_twice_are_counted_and_named(tmp_path, capsys) -> None:
@@ -191,10 +191,12 @@ def test_pictures_that_are_there_twice_are_counted_and_named(tmp_path, capsys) -
     lines = summary(capsys, tmp_path, images)
     assert not [line for line in lines if "several splits" in line or "more than once" in line]
     lines = summary(capsys, tmp_path, images + again)
-    assert ("warning: 1 pictures are in several splits: 0.png (TEST, TRAIN, VAL); keep each in one, or scores will be "
-            "of pictures that were learnt") in lines
+    assert ("warning: 1 picture in several splits: 0.png (TEST, TRAIN, VAL); keep each in one, or the model is scored "
+            "on pictures that it was trained on") in lines
     assert "2 pictures listed more than once: 1.png, 2.png; put all captions of a picture together" in lines
     assert not [line for line in lines if "without captions" in line]  # 1.png has some
+    lines = summary(capsys, tmp_path, [*images, image("3.png", "train"), image("3.png", "val")])
+    assert [line for line in lines if line.startswith("1 picture left out, without captions: 3.png; write")]
 
 
 def test_repeated_and_unused_captions_are_counted(tmp_path, capsys) -> None:

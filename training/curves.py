@@ -1,10 +1,11 @@
 """The curves of a run, which train.py draws after each epoch."""
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001 (of `drawing`, below)
 
 import math
 from pathlib import Path
 from typing import Any
 
+import drawing  # noqa: F401 (first: where MPLBACKEND names what is not installed, matplotlib cannot be imported)
 from matplotlib.figure import Figure
 
 from safety.files import atomic_write
