@@ -17,7 +17,7 @@ import train
 from caption import Captioner, Search
 from datasets import CaptionDataset, EpochSampler, Pictures, image_loader, load_word_map
 from eval import generate_captions
-from models import DecoderWithAttention, Encoder
+from models import DecoderWithAttention, Encoder, Losses
 from safety.signals import ignore_signals
 from utils import World
 
@@ -47,7 +47,7 @@ def test_memory_of_training_is_flat(prepared: Prepared, tmp_path: Path) -> None:
     train.keep_features(setting.train, training.captioner, 0, show=False)
     try:
         batch = next(iter(DataLoader(Pictures(setting.train), 4)))
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
         assert growth(lambda: sums.add_(train.train_step(setting, training, batch)), 50, 150) < 1
     finally:
         setting.train.features.path.unlink()

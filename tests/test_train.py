@@ -158,6 +158,7 @@ def test_the_gaze_is_drawn_after_each_epoch(prepared: Prepared, tmp_path: Path,
     monkeypatch.setattr(train, "train_epoch", lambda *_: dict(row))
     monkeypatch.setattr(train, "validate_epoch", lambda *_: (dict(row), []))
     monkeypatch.setattr(train, "DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr(train, "broadcast", lambda value, _: value)
     second = setting_of(prepared, tmp_path / "other")._replace(world=World(1, 2, torch.device("cpu")))
     progress = Progress(1)
     train.run_stage(second, progress, None)
