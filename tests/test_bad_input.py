@@ -117,7 +117,7 @@ CHECKPOINTS: dict[str, Case] = {
     "other sizes": (of_model(decoder_dim=17), MODEL, 1, ["model.pth.tar: its weights", "do not fit", "size mismatch"]),
     "other network": (of_model(encoder="resnet18"), MODEL, 1, ["model.pth.tar: its weights", "do not fit"]),
     "a network that is not there": (of_model(encoder="resnet1001"), MODEL, 1,
-                                    ["model.pth.tar: ", "no model resnet1001", "give a name of", "pip install -U torchvision"]),
+                                    ["model.pth.tar: ", "no model resnet1001", "pip install -U torchvision"]),
     "a detector": (of_model(encoder="fasterrcnn_resnet50_fpn"), MODEL, 1, ["model.pth.tar: ", "no classifier"]),
     "a number for a network": (of_model(encoder=5), MODEL, 1, ["model.pth.tar: its weights"]),
     "no size": (lambda folder: saved(model={"encoder": ENCODER})(folder), MODEL, 1,
