@@ -21,7 +21,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         rows = [{**row, "train_loss": math.nan} if row["stage"] == 3 else row for row in rows]
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     epochs = range(1, len(rows) + 1)
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), sharex=True), panels.items(), strict=True):
         for key, label in curves.items():
             axes.plot(epochs, [row.get(key, math.nan) for row in rows], label=label, marker=".")
         for stage, what in ((2, "fine-tuning"), (3, "self-critical training")):
