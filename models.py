@@ -20,23 +20,20 @@ attention, V words of the vocabulary.
 """
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from encoders.by_name import ENCODERS, UnknownEncoder, find_trunk  # noqa: F401 (ENCODERS is for those who add one)
+from encoders.limits import limited
 from encoders.speed import speed_up_convolutions
 from encoders.trunk import Pixels
 
-LAMBDA_E = 0.01     # weight of the gaze's entropy in hard attention: without it, soon always the same region is drawn
+LAMBDA_E = 0.01     # weight of the gaze's entropy in hard attention: the larger, the more even the gaze stays
 
 
 class Encoder(nn.Module):
@@ -209,7 +206,7 @@ class MeanAttention(Attention):
         self.requires_grad_(False)
 
     def annotate(self, features: Tensor, pooling: Tensor | None = None) -> Annotations:
-        """No keys, as nothing is compared with them; only of how many regions they would be."""
+        """Nothing is compared, so the keys are empty: they only tell how many regions there are."""
         regions = features.size(1) if pooling is None else len(pooling)
         return Annotations(features, features.new_zeros(len(features), regions, 0), pooling)
 
@@ -554,22 +551,3 @@ def fill(models: tuple[Encoder, nn.Module], checkpoint: dict[str, Any]) -> None:
     for module, name in zip(models, ("encoder", "decoder"), strict=True):
         own = {key: each.clone() for key, each in checkpoint[name].items()}  # or the file would stay mapped
         module.load_state_dict(own, assign=True)
-
-
-@contextmanager
-def limited(checkpoint: dict[str, Any]) -> Iterator[None]:
-    """Whoever makes far more weights within than a checkpoint holds gets a ValueError: a small file that describes a
-    large model must not take its memory. Some more there are, of the classifier's head and of what is cut off."""
-    held = sum(each.numel() for name in ("encoder", "decoder") for each in checkpoint[name].values())
-    left, own = [10 * held + 10 ** 8], threading.get_ident()
-
-    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        left[0] -= parameter.numel() if threading.get_ident() == own else 0
-        if left[0] < 0:
-            raise ValueError(f"it describes a larger model than its {held} weights are of")
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
