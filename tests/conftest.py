@@ -13,6 +13,7 @@ import torch
 
 import create_input_files
 from demo.shapes import draw_data_set
+from models import ATTENTIONS, DecoderWithAttention
 from safety.errors import InputError, run_script
 
 torch.set_num_threads(1)  # at these sizes threads only wait for each other
@@ -41,6 +42,17 @@ def prepared(tmp_path_factory) -> Iterator[Prepared]:
     before = written()
     yield Prepared(folder / "data", name, pictures, json_path)
     assert written() ^ before == set()  # of files that come and go, such as a lock, only the folder's time is left
+
+
+def exact_decoder(kind: str, **sizes: int) -> DecoderWithAttention:
+    """A tiny decoder with large random weights in double precision, for gradients to be compared."""
+    torch.manual_seed(0)
+    decoder = DecoderWithAttention(**sizes, dropout=0.0)
+    decoder.attention = ATTENTIONS[kind](*(sizes[name] for name in ("encoder_dim", "decoder_dim", "attention_dim")))
+    decoder.double()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter)
+    return decoder
 
 
 @contextmanager

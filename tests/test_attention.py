@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Prepared, refused
+from conftest import Prepared, exact_decoder, refused
 from test_train import assert_same_run, flags, load, run, setting_of, stop_after
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
@@ -39,12 +39,7 @@ LENGTHS = torch.tensor([[2], [4]])
 
 def decoder_and_features(attention: str) -> tuple[DecoderWithAttention, torch.Tensor]:
     """A tiny decoder with large random weights in double precision, and maps of 2 x 2 of two pictures."""
-    torch.manual_seed(0)
-    decoder = DecoderWithAttention(3, 2, 4, 5, encoder_dim=3, dropout=0.0)
-    decoder.attention = ATTENTIONS[attention](3, 4, 3)
-    decoder.double()
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter)
+    decoder = exact_decoder(attention, attention_dim=3, embed_dim=2, decoder_dim=4, vocab_size=5, encoder_dim=3)
     return decoder, torch.randn(2, 2, 2, 3, dtype=torch.float64)
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import Prepared, refused
+from conftest import Prepared, exact_decoder, refused
 from matplotlib.figure import Figure
 from test_train import assert_same_run, flags, load, run, same, setting_of, stop_after
 from torch.nn.utils.rnn import pad_packed_sequence
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import train
 from caption import Search
 from datasets import Pictures
-from models import ATTENTIONS, DecoderWithAttention, Losses, teacher_forced
+from models import DecoderWithAttention, Losses, teacher_forced
 from training.curves import draw_curves
 from training.rewards import cider_d, frequencies
 from training.self_critical import SelfCritical, draw_captions
@@ -34,12 +34,7 @@ LONGEST = 3
 
 def decoder_and_features(kind: str = "soft", n: int = 2) -> tuple[DecoderWithAttention, torch.Tensor]:
     """A tiny decoder with large random weights in double precision, and maps of 2 x 2."""
-    torch.manual_seed(0)
-    decoder = DecoderWithAttention(2, 2, 3, 6, encoder_dim=2, dropout=0.0)
-    decoder.attention = ATTENTIONS[kind](2, 3, 2)
-    decoder.double()
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter)
+    decoder = exact_decoder(kind, attention_dim=2, embed_dim=2, decoder_dim=3, vocab_size=6, encoder_dim=2)
     return decoder, torch.randn(n, 2, 2, 2, dtype=torch.float64)
 
 
