@@ -6,10 +6,11 @@
     python caption.py --img photo.jpg --sample 5 --temperature 0.7          # drawn, not searched
     python caption.py --img photo.jpg --model one.pth.tar other.pth.tar     # an ensemble
 
-The checkpoint alone is enough; without --model, the one BEST_checkpoint_*.pth.tar in this folder is taken. In Python:
+The checkpoint alone is enough. Without --model, the one BEST_checkpoint_*.pth.tar in this folder is taken, or else the
+model in the box, pretrained/flickr8k.pth.tar. In Python:
 
     from caption import caption_images, load
-    model = load("BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar")
+    model = load()  # or load("BEST_checkpoint_coco_5_cap_per_img_5_min_word_freq.pth.tar")
     for best, *others in caption_images(model, ["photo.jpg", picture], n_best=3):  # files, Pillow's pictures, arrays
         print(" ".join(best.words), best.log_prob)
         print(best.alphas.shape)  # (words, 14, 14): for each word where the model looked
@@ -197,6 +198,7 @@ def ranked(captions: Sequence[Caption], search: Search) -> list[Caption]:
 
 # ---- in Python -------------------------------------------------------------------------------------------------------
 
+PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "flickr8k.pth.tar"
 FILES = (str, Path, Image.Image)  # pictures that can turn out to be damaged; Pillow reads the pixels late
 
 class Captioner(NamedTuple):
@@ -209,19 +211,34 @@ class Captioner(NamedTuple):
     precision: str = "float32"
 
 
-def load(model: str | Path | Sequence[str | Path], word_map: str | Path | None = None, device: str | None = None,
-         precision: str | None = None) -> Captioner:
+def load(model: str | Path | Sequence[str | Path] | None = None, word_map: str | Path | None = None,
+         device: str | None = None, precision: str | None = None) -> Captioner:
     """A checkpoint, ready to caption; arguments as the flags of the same names. In 16 bits PyTorch may use TF32 too.
 
     Args:
-        model: a file, or several of an ensemble, whose probabilities are averaged.
+        model: a file, or several of an ensemble, whose probabilities are averaged. None: as `find_model` finds it.
 
     Raises:
         InputError: no such file, no checkpoint that can be read safely, no such device, or other words in each.
     """
     world, precision = setup_world(device, precision, join=False)
+    model = find_model() if model is None else model
     paths = [model] if isinstance(model, (str, Path)) else list(model)
     return load_models(paths, read_word_map(word_map) if word_map else None, world, precision)
+
+
+def find_model() -> Path:
+    """Where none is named: the one checkpoint in this folder, or else the model in the box."""
+    found = sorted(Path().glob("BEST_checkpoint_*.pth.tar"))
+    if len(found) > 1:
+        raise InputError(f"say which model with --model FILE: there are {', '.join(map(str, found))}")
+    if not found and not PRETRAINED.is_file():
+        raise InputError("say which model with --model FILE: this folder has no BEST_checkpoint_*.pth.tar, and the "
+                         f"model in the box is gone; get it back with: git checkout {PRETRAINED}")
+    if not found:
+        print("no model named, and none in this folder: pretrained/flickr8k.pth.tar, which knows people and dogs "
+              "outdoors", file=sys.stderr)
+    return (found or [PRETRAINED])[0]
 
 
 def load_models(paths: Sequence[str | Path], word_map: dict[str, int] | None, world: World,
@@ -329,7 +346,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="pictures, folders of pictures, or patterns like '*.jpg'")
     add("--skip_unreadable", action="store_true", help="do not fail where some pictures cannot be read")
     add("--model", "-m", "--checkpoint", nargs="+", metavar="FILE",
-        help="of several the probabilities are averaged (default: the BEST_checkpoint_* in this folder)")
+        help="of several the probabilities are averaged (default: the BEST_checkpoint_* in this folder, or else "
+             "pretrained/flickr8k.pth.tar)")
     add("--word_map", "-wm", metavar="FILE", help="only for checkpoints that hold none (the original tutorial's)")
     add = parser.add_argument_group("search").add_argument
     add("--beam_size", "-b", type=integer(1), metavar="K", help="hypotheses of the beam search (default: 5)")
@@ -405,14 +423,6 @@ def pictures_of(folder: Path) -> tuple[list[Path], str]:
     return paths, f"; passed over: {counts}; name files to have them read all the same" if rest else ""
 
 
-def find_model() -> Path:
-    found = sorted(Path().glob("BEST_checkpoint_*.pth.tar"))
-    if len(found) != 1:
-        there = f"there are {', '.join(map(str, found))}" if found else "this folder has no BEST_checkpoint_*.pth.tar"
-        raise InputError(f"say which model with --model FILE: {there}")
-    return found[0]
-
-
 def result_of(path: Path, captions: Sequence[Caption]) -> dict[str, Any]:
     """A picture's captions as they stand in the JSON."""
     return {"image": str(path), "captions": [
@@ -438,7 +448,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     # A path for each picture; if --out is a page there is only one path, and so one entry.
     figures = dict(zip(pictures, figure_paths(args.out, pictures), strict=False)) if args.out else {}
     page = any(path.suffix.lower() in PAGES for path in figures.values())
-    model = load(args.model or [find_model()], args.word_map, args.device, args.precision)
+    model = load(args.model, args.word_map, args.device, args.precision)
     gc.enable()
 
     results, shown, rev_word_map = [], [], reverse(model.word_map)

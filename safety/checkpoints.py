@@ -52,7 +52,7 @@ def load_checkpoint(path: str | Path, word_map: dict[str, int] | None = None, ma
         raise InputError(f"{path}: refused, this is no checkpoint that can be read whole and safely ({reason(error)}); "
                          "get the file again, or name another") from error
     _check_parts(state, path)
-    state |= {part: unwrapped(state[part]) for part in ("encoder", "decoder")}
+    state |= {part: unwrapped(_in_full(state, part, path)) for part in ("encoder", "decoder")}
     state["word_map"] = state["word_map"] or word_map
     _check_vocabulary(state, path)
     stripped = {"preprocessing": None, "scores": {}, "training": None}  # maybe, for publishing
@@ -150,6 +150,19 @@ def _is_whole(value: Any) -> bool:
     """Whether it is an ordinary tensor with all its numbers in memory: one number can pass for a trillion of them."""
     return (type(value) is Tensor and not value.is_quantized and value.layout == torch.strided
             and value.device.type == "cpu" and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+
+
+def _in_full(state: dict[str, Any], part: str, path: str | Path) -> dict[str, Tensor]:
+    """The weights of a part; where a file has them in 8 bits (training/publish.py), times the scale of each row."""
+    weights, scales = state[part], state.get("scales", {})
+    if not scales:
+        return weights
+    scales = scales.get(part) if isinstance(scales, dict) else None
+    if not isinstance(scales, dict) or not all(name in weights and _is_whole(scale) and weights[name].dim() > 1 and (
+            scale.shape == (len(weights[name]), *[1] * (weights[name].dim() - 1))) for name, scale in scales.items()):
+        raise InputError(f"{path}: refused, the scales of its {part} do not fit the weights; get the file again, or "
+                         "name another")
+    return {name: each.float() * scales[name] if name in scales else each for name, each in weights.items()}
 
 
 def _check_vocabulary(state: dict[str, Any], path: str | Path) -> None:

@@ -589,7 +589,8 @@ def test_no_picture_is_overwritten(arguments, run, pictures):
 
 @pytest.mark.parametrize("names, message", [([], "this folder has no BEST_checkpoint"),
                                             (["a", "b"], "there are BEST_checkpoint_a.pth.tar, BEST_checkpoint_b")])
-def test_which_model_is_not_guessed(names, message, run, pictures):
+def test_which_model_is_not_guessed(names, message, run, pictures, monkeypatch, tmp_path):
+    monkeypatch.setattr(caption, "PRETRAINED", tmp_path / "flickr8k.pth.tar")  # which is not there
     for name in names:
         Path(f"BEST_checkpoint_{name}.pth.tar").touch()
     with pytest.raises(InputError, match=rf"say which model with --model FILE: {message}"):
