@@ -43,12 +43,13 @@ from torch.nn import functional as F
 from datasets import AnyPicture, encode, picture_suffixes, read_image, read_word_map, reverse
 from drawing.figure import draw_figure, figure_paths, visualize_att  # noqa: F401 (here in the original tutorial)
 from drawing.page import PAGES, html_figure, write_page
-from models import Caption, restore
+from models import Caption
 from safety.checkpoints import load_checkpoint
 from safety.errors import InputError, UsageError, printable, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
 from safety.pictures import counted, is_one_colour, there_instead, unreadable_error
+from safety.restore import restore
 from safety.words import normal
 from searching.consensus import by_consensus
 from searching.ensemble import Ensemble, check_vocabularies

@@ -2,8 +2,8 @@
 
 Read from top to bottom: Encoder (a picture to a grid of features), Attention (where to look), DecoderWithAttention
 (one decoding step), `teacher_forced` (all steps of the training captions) and the losses. Below the line both are built
-from a checkpoint's arguments. The encoders by name are in encoders/; how a caption is found, with a beam search, is in
-caption.py. *The original* is sgrvinod's tutorial, whose names these are.
+from their arguments (with a checkpoint's weights: safety/restore.py). The encoders by name are in encoders/; how a
+caption is found, with a beam search, is in caption.py. *The original* is sgrvinod's tutorial, whose names these are.
 
     encoder = Encoder(weights="IMAGENET1K_V1")
     decoder = DecoderWithAttention(attention_dim=512, embed_dim=512, decoder_dim=512, vocab_size=len(word_map))
@@ -28,10 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from encoders.by_name import ENCODERS, UnknownEncoder, find_trunk  # noqa: F401 (ENCODERS is for those who add one)
-from encoders.limits import limited
+from encoders.by_name import ENCODERS, find_trunk  # noqa: F401 (ENCODERS is for those who add one)
 from encoders.speed import speed_up_convolutions
-from encoders.trunk import Pixels
 
 LAMBDA_E = 0.01     # weight of the gaze's entropy in hard attention: the larger, the more even the gaze stays
 
@@ -506,48 +504,3 @@ def build(model: dict[str, Any], weights: str | dict[str, Tensor] | None = None,
     if kind != "soft":
         decoder.attention = ATTENTIONS[kind](encoder.encoder_dim, model["decoder_dim"], model["attention_dim"])
     return encoder, decoder
-
-
-def restore(checkpoint: dict[str, Any], path: Any = "checkpoint") -> tuple[Encoder, nn.Module]:
-    """Encoder and decoder with a checkpoint's weights, in eval mode.
-
-    Raises:
-        OSError: it is of a model that is not there, or its weights do not fit; `path` is named.
-    """
-    try:
-        try:
-            with torch.device("meta"):  # shapes alone: first weights, replaced at once, would take a second to draw
-                models = rebuilt(checkpoint)
-        except RuntimeError:  # RegNet computes with its first weights
-            with limited(checkpoint):
-                models = rebuilt(checkpoint)
-        fill(models, checkpoint)
-        if any(each.is_meta for model in models for each in model.buffers()):  # timm's Swin computes its masks,
-            with limited(checkpoint):                                          # which are no weights
-                models = rebuilt(checkpoint)
-            fill(models, checkpoint)
-    except ImportError:
-        raise
-    except UnknownEncoder as error:
-        raise OSError(f"{path}: {error}") from error
-    except Exception as error:  # what a file describes can fail in any way
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"{path}: its weights and the model that it names do not fit ({reason}); get the file again, or "
-                      "name another") from error
-    encoder, decoder = models
-    return encoder.to(torch.float32, memory_format=torch.channels_last), decoder.to(torch.float32).eval()
-
-
-def rebuilt(checkpoint: dict[str, Any]) -> tuple[Encoder, nn.Module]:
-    """What a checkpoint describes, without its weights."""
-    pixels = Pixels.of(checkpoint["preprocessing"]) if checkpoint.get("preprocessing") else None
-    encoder, decoder = build(checkpoint["model"], None, pixels and pixels.image_size)
-    encoder.pixels = pixels or encoder.pixels
-    return encoder, decoder
-
-
-def fill(models: tuple[Encoder, nn.Module], checkpoint: dict[str, Any]) -> None:
-    """Gives both their weights."""
-    for module, name in zip(models, ("encoder", "decoder"), strict=True):
-        own = {key: each.clone() for key, each in checkpoint[name].items()}  # or the file would stay mapped
-        module.load_state_dict(own, assign=True)

@@ -49,7 +49,6 @@ from models import (
     Losses,
     build,
     caption_losses,
-    restore,
     teacher_forced,
 )
 from safety.checkpoints import load_weights, save_checkpoint
@@ -58,6 +57,7 @@ from safety.errors import InputError, UsageError, printable, reason, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
 from safety.pictures import check_pixels
+from safety.restore import restore
 from training.curves import draw_curves
 from training.features import keep_features
 from training.gaze import draw_gaze, shown_pictures

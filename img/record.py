@@ -21,10 +21,11 @@ from caption import Captioner, Search, beam_search, caption_images, load  # noqa
 from datasets import encode, read_image, reverse  # noqa: E402
 from demo.demo import NAME  # noqa: E402
 from img.draw import LEAD, PHOTOGRAPHS, PHOTOS, RECORD, SCENE, photograph  # noqa: E402
-from models import DecoderWithAttention, restore  # noqa: E402
+from models import DecoderWithAttention  # noqa: E402
 from safety.checkpoints import load_checkpoint  # noqa: E402
 from safety.errors import InputError, run_script  # noqa: E402
 from safety.files import atomic_write  # noqa: E402
+from safety.restore import restore  # noqa: E402
 
 BEAM_SIZE = 3
 

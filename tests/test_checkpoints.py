@@ -33,10 +33,11 @@ from torch import nn
 import caption
 import eval as evaluation
 import train
-from models import DecoderWithAttention, Encoder, restore
+from models import DecoderWithAttention, Encoder
 from safety import old_checkpoints
 from safety.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from safety.errors import InputError
+from safety.restore import restore
 
 WORDS = {word: index for index, word in enumerate(("<pad>", *"abcdefg", "<unk>", "<start>", "<end>"))}
 CAPTIONS = torch.tensor([[9, 1, 2, 10], [9, 3, 10, 0]]), torch.tensor([[4], [3]])

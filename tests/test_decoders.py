@@ -25,9 +25,9 @@ from models import (
     Encoder,
     build,
     caption_losses,
-    restore,
     teacher_forced,
 )
+from safety.restore import restore
 
 WORDS = {"<pad>": 0, "a": 1, "b": 2, "c": 3, "d": 4, "<unk>": 5, "<start>": 6, "<end>": 7}
 NAMES = {index: word for word, index in WORDS.items()}

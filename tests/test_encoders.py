@@ -23,7 +23,8 @@ import caption
 import eval as evaluation
 from datasets import CaptionDataset, encode, normalize
 from encoders.trunk import IMAGENET, Pixels, Trunk
-from models import ENCODERS, DecoderWithAttention, Encoder, build, restore
+from models import ENCODERS, DecoderWithAttention, Encoder, build
+from safety.restore import restore
 from training.features import keep_features
 
 CPU = torch.device("cpu")

@@ -25,8 +25,8 @@ from models import (
     Encoder,
     doubly_stochastic,
     pooling_matrix,
-    restore,
 )
+from safety.restore import restore
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WORDS = {"<pad>": 0, "a": 1, "b": 2, "<unk>": 3, "<start>": 4, "<end>": 5}
