@@ -65,8 +65,8 @@ print(f"{len(word_map)} words; million weights: {weights[0]:.1f} of the encoder,
 # ## 1. A sentence for a photograph
 #
 # First the whole thing, before we open it. The photographs are scikit-image's. The model was trained on Flickr8k, which
-# is people and dogs outdoors. A photographer on a lawn belongs to that world; a cat on a blanket or a cup of coffee
-# does not, and the model cannot say that it does not know: it has to make a sentence out of the words it has.
+# is people and dogs outdoors. A photographer on a lawn belongs to that world; a cat's face or a cup of coffee does not.
+# The model has no way to say that it does not know. It has to make a sentence, of the words it has.
 
 # %%
 names = ("camera", "astronaut", "chelsea", "coffee")
@@ -264,6 +264,12 @@ show_gaze(words_of(ids), alphas)
 # lower? Nothing in the loss asks for the latter.
 
 # %%
+def by_word(ax, labels):
+    """The words below, the legend beside."""
+    ax.set_xticks(range(len(labels)), labels, rotation=30)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
 labels = [word_of[i] for i in ids[1:]]
 probability = [p[i].item() for (p, _, _), i in zip(steps, ids[1:], strict=True)]
 opened = [gate.mean().item() for _, _, gate in steps]
@@ -273,9 +279,8 @@ _, ax = plt.subplots(figsize=(10, 3), layout="constrained")
 ax.bar(range(len(labels)), probability, color="#cfe3d6", label="probability of the word")
 ax.plot(width, "o-", color="#d0812f", label="width of the gaze")
 ax.plot(opened, "s-", color="#5b7db1", label="gate, mean")
-ax.set(xticks=range(len(labels)), ylim=(0, 1.05))
-ax.set_xticklabels(labels, rotation=30)
-ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+ax.set_ylim(0, 1.05)
+by_word(ax, labels)
 
 # %% [markdown]
 # And the words that it nearly said. Where the first has 90 %, the sentence was settled; where it has 20 %, the sentence
@@ -328,8 +333,8 @@ draw_tree(levels[:4])
 
 # %% [markdown]
 # The whole search. Of the sentences that ended, the one with the highest score wins; its path is bold, and it is what
-# `caption.py` finds with the same beam. Follow it upwards: it need not have been in the lead at every step. The scores
-# fall with every word, as a sum of logarithms must, so this way of choosing favours short sentences.
+# `caption.py` finds with the same beam. Follow it upwards: it need not have been in the lead at every step. Each word's
+# logarithm is negative, so that scores only fall, and this way of choosing favours short sentences.
 
 # %%
 ended = [(log_prob, t, rank) for t, level in enumerate(levels) for rank, (_, _, log_prob, fate) in enumerate(level)
@@ -447,17 +452,15 @@ def log_probs(sequence):
 
 
 trained = log_probs(found.sequence)
-labels = [word_of[i] for i in found.sequence[1:]]
 _, ax = plt.subplots(figsize=(10, 3), layout="constrained")
 for i, way in enumerate(list(WAYS)[1:]):
     with looking(WAYS[way]):
         change = log_probs(found.sequence) - trained                        # (T,)
-    ax.bar(np.arange(len(labels)) + 0.27 * (i - 1), change, 0.25, label=f"{way}: {change.sum():+.1f} in all",
+    ax.bar(np.arange(len(change)) + 0.27 * (i - 1), change, 0.25, label=f"{way}: {change.sum():+.1f} in all",
            color=("#d0812f", "#b4441c", "#7d8797")[i])
 ax.axhline(0, color="black", linewidth=0.8)
-ax.set(xticks=range(len(labels)), ylabel="change of log p")
-ax.set_xticklabels(labels, rotation=30)
-ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+ax.set_ylabel("change of log p")
+by_word(ax, [word_of[i] for i in found.sequence[1:]])
 
 # %% [markdown]
 # ## 9. Soft beside hard
@@ -504,7 +507,8 @@ show_gaze(hard.words, hard.alphas)
 #
 # - Take another photograph in section 1, or one of your own, and run the cells below it again. Find one where the gaze
 #   is on the thing that is named, and one where it is not although the word is right.
-# - In section 6, a beam of 1, 5 and 20. Does the sentence get better with its score?
+# - Ask for `say(photograph, beam_size=k)` with k from 1 to 20. The log-probability of what it finds rises, as a rule.
+#   Does the sentence get better?
 # - In section 8, write a fifth way: look only at the left half, or only at the border. `alpha.view(-1, side, side)` is
 #   the map.
 # - Train a model of your own (the [README](../README.md) says how, in four commands) and look inside: the environment
