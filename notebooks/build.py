@@ -59,7 +59,7 @@ def notebook_of(cells: list[Cell]) -> dict[str, Any]:
 def run(cells: list[Cell]) -> list[Cell]:
     """The same with what they print and draw, each after those before it, as Jupyter would run them."""
     import matplotlib.pyplot as plt
-    plt.rcParams["figure.dpi"] = 80
+    plt.rcParams["figure.dpi"] = 75
     names: dict[str, Any] = {"__name__": "__main__"}
     done = []
     for i, cell in enumerate(cells):
@@ -82,7 +82,7 @@ def drawing_of(figure: Any) -> dict[str, Any]:
     image = Image.open(drawn).convert("RGB")
     jpeg, png = io.BytesIO(), io.BytesIO()
     image.save(jpeg, "JPEG", quality=60)
-    image.quantize(128).save(png, "PNG", optimize=True)
+    image.quantize(64, Image.Quantize.MAXCOVERAGE).save(png, "PNG", optimize=True)
     kind, file = min(("image/jpeg", jpeg), ("image/png", png), key=lambda each: len(each[1].getvalue()))
     return {"data": {kind: base64.b64encode(file.getvalue()).decode(), "text/plain": ["<Figure>"]},
             "metadata": {}, "output_type": "display_data"}

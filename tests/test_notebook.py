@@ -47,7 +47,7 @@ print(json.dumps(run(cells_of(TEXT.read_text(encoding="utf-8")))))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=NOTEBOOK.parent, capture_output=True, text=True, env={
         **os.environ, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1",
         "INSIDE_MODEL": str(Model(WORDS).save(tmp_path / "tiny.pth.tar"))})
-    assert (done.returncode, done.stderr) == (0, "")
+    assert not done.stderr and done.returncode == 0, done.stderr
     outputs = [each for _, _, outputs in json.loads(done.stdout) for each in outputs]
     printed = "".join(line for each in outputs for line in each.get("text", []))
     assert "the same, word for word" in printed
