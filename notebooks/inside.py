@@ -31,7 +31,6 @@
 import os
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 sys.path.insert(0, "..")  # the repository, if Jupyter started here in notebooks/
 sys.path.insert(0, ".")   # or if it started there
@@ -43,15 +42,14 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-import models
 from caption import Search, caption_images, load
 from datasets import normalize, read_image, reverse
 from img.draw import gazes
 from img.record import grow
 from models import alpha_entropy
 
-# A checkpoint that you trained can take the place of the one that comes with the repository.
-MODEL = os.environ.get("INSIDE_MODEL") or Path(models.__file__).parent / "pretrained" / "flickr8k.pth.tar"
+# A checkpoint that you trained can take the place.
+MODEL = os.environ.get("INSIDE_MODEL")  # None: the one that comes with the repository
 LONGEST = 20  # words of a sentence, at most
 
 torch.set_grad_enabled(False)  # nothing is trained here
