@@ -150,7 +150,7 @@ def test_flags_named_in_the_text_exist() -> None:
 
 def prose(text: str) -> str:
     """Without blocks of code and what is between backticks."""
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    return re.sub(r"`[^`]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
 
 
 def anchors(page: str) -> set[str]:
