@@ -534,8 +534,8 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuses, before anything is loaded, flags that do not go together."""
     if args.decoder not in DECODERS:
-        raise UsageError(f"--decoder {args.decoder}: there is {', '.join(DECODERS)}; CONTRIBUTING.md shows how to add "
-                         "one")
+        raise UsageError(f"--decoder {args.decoder}: there is {', '.join(DECODERS)}; docs/take_it_apart.md shows "
+                         "how to add one")
     if args.attention != "soft" and not issubclass(DECODERS[args.decoder], DecoderWithAttention):
         raise UsageError(f"--attention {args.attention}: the decoder {args.decoder} is no DecoderWithAttention; leave "
                          "the flag out")

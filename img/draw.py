@@ -1,4 +1,4 @@
-"""Draws the README's diagrams.
+"""Draws the diagrams of README.md, RESULTS.md and docs/.
 
     python img/draw.py
 
@@ -42,7 +42,7 @@ from training.curves import draw_curves  # noqa: E402
 RECORD, PHOTOS = REPOSITORY / "img" / "demo.json", REPOSITORY / "img" / "photos.json"
 PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg")  # that scikit-image brings
 SCENE = 5   # of the demo's test split: a short caption that is right, so that a tree of it fits on a page
-LEAD = 12   # another one: the README's first picture
+LEAD = 12   # another one, for docs/captions.md
 INK, QUIET, LINE = "#2f3542", "#7d8797", "#b9c1cd"
 Color = tuple[str, str]  # of a panel and of its border
 BLUE, ORANGE = ("#e4edf8", "#5b7db1"), ("#fdead6", "#d0812f")
@@ -168,21 +168,22 @@ def draw_decoder(record: dict[str, Any], attention: bool) -> Figure:
 
 
 def draw_attention_network(record: dict[str, Any]) -> Figure:
+    """With the letters of models.py, as the weights drawn are the demo's and not the default model's."""
     figure, axes = sheet(11, 4.15)
-    box(axes, 1.15, 2.85, 1.8, 0.8, "features $a$\n196 x 2048", BLUE)
-    box(axes, 1.15, 1.3, 1.8, 0.8, "state $h_{t-1}$\n512", GREY)
-    box(axes, 3.35, 2.85, 1.7, 0.8, "linear $W_a$\n196 x 512", ORANGE)
-    box(axes, 3.35, 1.3, 1.7, 0.8, "linear $W_h$\n512", ORANGE)
-    box(axes, 5.25, 2.05, 1.3, 0.8, "+, ReLU\n196 x 512", ORANGE)
-    box(axes, 6.95, 2.05, 1.3, 0.8, "linear $w$\n196 x 1", ORANGE)
-    box(axes, 8.55, 2.05, 1.1, 0.8, "softmax\n196", ORANGE)
+    box(axes, 1.15, 2.85, 1.8, 0.8, "features $a$\nP x C", BLUE)
+    box(axes, 1.15, 1.3, 1.8, 0.8, "state $h_{t-1}$\nD", GREY)
+    box(axes, 3.35, 2.85, 1.7, 0.8, "linear $W_a$\nP x A", ORANGE)
+    box(axes, 3.35, 1.3, 1.7, 0.8, "linear $W_h$\nA", ORANGE)
+    box(axes, 5.25, 2.05, 1.3, 0.8, "+, ReLU\nP x A", ORANGE)
+    box(axes, 6.95, 2.05, 1.3, 0.8, "linear $w$\nP x 1", ORANGE)
+    box(axes, 8.55, 2.05, 1.1, 0.8, "softmax\nP", ORANGE)
     alpha = np.array(record["alphas"][2])
     inset = axes.inset_axes((9.55, 1.45, 1.2, 1.2), transform=axes.transData)
     inset.imshow(alpha, cmap="Oranges")
     inset.set(xticks=[], yticks=[])
     for side in inset.spines.values():
         side.set_color(ORANGE[1])
-    write(axes, 10.15, 1.2, "weights $\\alpha_t$, sum 1\n(the demo's, 8 x 8)", 10, va="top")
+    write(axes, 10.15, 1.2, "weights $\\alpha_t$, sum 1\n(here P is 8 x 8)", 10, va="top")
     for start, end in (((2.06, 2.85), (2.49, 2.85)), ((2.06, 1.3), (2.49, 1.3)), ((5.91, 2.05), (6.29, 2.05)),
                        ((7.61, 2.05), (7.99, 2.05)), ((9.11, 2.05), (9.5, 2.05))):
         arrow(axes, start, end)
@@ -192,7 +193,7 @@ def draw_attention_network(record: dict[str, Any]) -> Figure:
     axes.plot((10.15, 10.15), (2.7, 3.75), color=ORANGE[1], linewidth=1.4)
     arrow(axes, (1.14, 3.75), (2.99, 3.75), BLUE[1])
     arrow(axes, (10.16, 3.75), (8.61, 3.75), ORANGE[1])
-    box(axes, 5.8, 3.75, 5.6, 0.42, "weighted sum of the 196 rows, times the gate: context $z_t$, 2048", BLUE)
+    box(axes, 5.8, 3.75, 5.6, 0.42, "weighted sum of the P rows, times the gate: context $z_t$, C", BLUE)
     write(axes, 2.3, 0.45, "$W_a a$ is computed once a picture, the rest at every step", 10, QUIET)
     return figure
 

@@ -1,4 +1,4 @@
-"""Takes what is real in the README's pictures from trained models, into JSON files from which draw.py draws.
+"""Takes what is real in the pages' pictures from trained models, into JSON files from which draw.py draws.
 
     python img/record.py demo/output                        # a run of the demo's diagrams
     python img/record.py --photos BEST_checkpoint_....pth.tar        # the run that made it, its captions of photographs

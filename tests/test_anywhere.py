@@ -55,10 +55,10 @@ print([type(getattr(ours, name)).__name__ for name in ours.__all__])"""
         "['type', 'type', 'type', 'function', 'function', 'function']"]
 
 
-def test_the_readmes_line_captions_from_elsewhere(elsewhere: Path, prepared) -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert "`pip install -e .`" in readme
-    line = re.search("`(from show_attend_tell import [^`]*)`", readme)[1]
+def test_the_pages_line_captions_from_elsewhere(elsewhere: Path, prepared) -> None:
+    page = (REPOSITORY / "docs" / "captions.md").read_text(encoding="utf-8")
+    assert "`pip install -e .`" in page
+    line = re.search("`(from show_attend_tell import [^`]*)`", page)[1]
     Model(load_word_map(prepared.folder, prepared.name)).save(elsewhere / "x.pth.tar")
     Image.open(prepared.pictures / "shapes_test_0003.png").save(elsewhere / "x.png")
     said = run(elsewhere, f"""import datasets, utils

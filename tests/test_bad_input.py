@@ -303,7 +303,7 @@ TRAIN: dict[str, Case] = {
     "a seed without end": (None, ["--seed", "9" * 30], 2, ["99: a whole number from 0 to 4294967295"]),
     "all dropped": (None, ["--dropout", "1"], 2, ["--dropout: 1: a number from 0 to below 1"]),
     "more than always": (None, ["--scheduled_sampling", "1.1"], 2, ["--scheduled_sampling: 1.1: a number from 0 to 1"]),
-    "a decoder that is not there": (None, ["--decoder", "gru"], 2, ["--decoder gru", "is lstm", "CONTRIBUTING.md"]),
+    "a decoder that is not there": (None, ["--decoder", "gru"], 2, ["--decoder gru", "is lstm", "take_it_apart.md"]),
     "all smoothed": (None, ["--label_smoothing", "1"], 2, ["--label_smoothing: 1: a number from 0 to below 1"]),
     "an unknown schedule": (None, ["--schedule", "sine"], 2, ["--schedule", "plateau", "cosine"]),
     "a recipe that is not there": (None, ["@nothing.txt"], 2, ["nothing.txt"]),

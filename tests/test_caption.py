@@ -343,10 +343,10 @@ def test_settings_go_before_the_searchs_own(model, pictures):
         caption_images(model.captioner, pictures, beam_width=3)
 
 
-def test_the_readmes_five_lines_run(checkpoint, pictures, tmp_path, monkeypatch, capsys):
+def test_the_pages_five_lines_run(checkpoint, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    code = re.search("```python\n(from caption .*?)```", readme, re.DOTALL)[1]
+    page = (REPOSITORY / "docs" / "captions.md").read_text(encoding="utf-8")
+    code = re.search("```python\n(from caption .*?)```", page, re.DOTALL)[1]
     shutil.copy(checkpoint, re.search('load\\("([^"]*)"', code)[1])
     for name in ("photo.jpg", "cat.png"):
         Image.open(pictures[0]).save(name)

@@ -126,10 +126,10 @@ def test_attention_weights_sum_to_one_and_weigh_the_features() -> None:
     torch.testing.assert_close(context, (features * alpha.unsqueeze(2)).sum(dim=1))
 
 
-def test_the_readmes_plain_loop_gives_the_same_scores() -> None:
+def test_the_pages_plain_loop_gives_the_same_scores() -> None:
     """The plain equivalent of `teacher_forced`, for captions of the same length."""
-    readme = (Path(models.__file__).parent / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n([^`]*decoder\.decode_step[^`]*)```", readme)[1]
+    page = (Path(models.__file__).parent / "docs" / "model.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n([^`]*decoder\.decode_step[^`]*)```", page)[1]
     decoder, features = random_decoder(0)
     captions, said, looked = torch.randint(6, (3, 7)), [], []
     expected, _, _, alphas, order = decoder(features, captions, torch.full((3, 1), 7))

@@ -1,4 +1,4 @@
-"""The slow search whose tree the README shows finds what `beam_search` does."""
+"""The slow search whose tree docs/captions.md shows finds what `beam_search` does."""
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md shows a reader to add works as it stands there."""
+"""What docs/take_it_apart.md shows a reader to add works as it stands there."""
 from __future__ import annotations
 
 import json
@@ -24,12 +24,12 @@ import models
 import train
 
 REPOSITORY = Path(__file__).parent.parent
-TEXT = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = (REPOSITORY / "docs" / "take_it_apart.md").read_text(encoding="utf-8")
 
 
 def block(heading: str, language: str) -> str:
     """The first block of code under a heading."""
-    return re.search(rf"### {heading}\n.*?```{language}\n(.*?)```", TEXT, re.DOTALL)[1]
+    return re.search(rf"## {heading}\n.*?```{language}\n(.*?)```", TEXT, re.DOTALL)[1]
 
 
 def patched(script: str, heading: str) -> str:
@@ -46,7 +46,7 @@ def patched(script: str, heading: str) -> str:
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    """The decoders and the encoder of CONTRIBUTING, for one test."""
+    """The decoders and the encoder of that page, for one test."""
     with mock.patch.dict(models.DECODERS), mock.patch.dict(models.ENCODERS):
         for heading in ("A GRU instead of the LSTM", "A Transformer decoder", "An encoder"):
             exec(block(heading, "python"), {"__name__": "my_decoders"})
@@ -137,6 +137,12 @@ def test_the_wrapper_runs_a_script_as_its_own_command(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["my_decoders.py", str(tmp_path / "script.py"), "--flag"])
     runpy.run_path(str(tmp_path / "my_decoders.py"), run_name="__main__")
     assert sys.modules.pop("seen") == ("__main__", [str(tmp_path / "script.py"), "--flag"])
+
+
+def test_features_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    exec(block("Features of your own", "python"), {})
+    assert capsys.readouterr().out == "a cat sleeps\n"
 
 
 def test_the_flag_is_there() -> None:
