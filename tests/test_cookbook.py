@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from test_eval import Model
 
@@ -44,7 +43,7 @@ def answer(address: str, data: bytes) -> tuple[int, str]:
 
 
 def test_the_recipes_run(kitchen: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(RECIPES) == 9
+    assert len(RECIPES) == 8
     for recipe in RECIPES:
         assert len(recipe.splitlines()) < 20
         exec(recipe.replace('"127.0.0.1", 8000', '"127.0.0.1", 0'), kitchen)
@@ -52,9 +51,6 @@ def test_the_recipes_run(kitchen: dict[str, Any], capsys: pytest.CaptureFixture[
     assert said.count("0.5 ") == 5 and said.count("1.0 ") >= 5  # five captions of each temperature
     assert "2.jpg cannot be read" in said
     assert 0 < kitchen["sure"] <= 1
-    assert Path("small.pth.tar").stat().st_size < 0.6 * Path(kitchen["paths"][0]).parents[1].joinpath(
-        next(Path().glob("BEST*"))).stat().st_size
-    assert kitchen["model"].decoder.fc.weight.dtype == torch.float32
     server = kitchen["server"]
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
@@ -71,7 +67,7 @@ def test_the_recipes_run(kitchen: dict[str, Any], capsys: pytest.CaptureFixture[
 
 def test_to_serve_needs_what_is_listed_there() -> None:
     """Captions come with none of the other packages of requirements.txt."""
-    listed = {word for line in re.search(r"```bash\n(.*?)```", TEXT, re.DOTALL)[1].splitlines() for word in line.split()
+    listed = {word for line in re.search(r"```bash\n(pip .*?)```", TEXT, re.DOTALL)[1].splitlines() for word in line.split()
               if word.isalnum()}
     every = set(re.findall(r"^([\w-]+)", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE))
     others = {"scikit-image": "skimage"}
