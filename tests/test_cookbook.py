@@ -67,8 +67,8 @@ def test_the_recipes_run(kitchen: dict[str, Any], capsys: pytest.CaptureFixture[
 
 def test_to_serve_needs_what_is_listed_there() -> None:
     """Captions come with none of the other packages of requirements.txt."""
-    listed = {word for line in re.search(r"```bash\n(pip .*?)```", TEXT, re.DOTALL)[1].splitlines() for word in line.split()
-              if word.isalnum()}
+    commands = re.search(r"```bash\n(pip .*?)```", TEXT, re.DOTALL)[1]
+    listed = {word for word in commands.split() if word.isalnum()}
     every = set(re.findall(r"^([\w-]+)", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE))
     others = {"scikit-image": "skimage"}
     missing = {others.get(name, name) for name in every if name.lower() not in listed
