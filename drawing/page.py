@@ -18,7 +18,7 @@ from models import Caption
 from safety.files import atomic_write
 
 PAGES = {".html", ".htm"}
-TEMPLATE = Path(__file__).with_name("page.html")  # in a file, where an editor knows it for what it is
+TEMPLATE, STYLE = (Path(__file__).with_name(name) for name in ("page.html", "page.css"))  # an editor knows such files
 
 
 def html_figure(image: AnyPicture, name: str, captions: Sequence[Caption], note: str = "",
@@ -62,11 +62,16 @@ def data_uri(picture: Image.Image, kind: str) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def page_style(smooth: bool = True) -> str:
+    """What makes a page of such figures, in CSS; `:root` and `body` are the page itself."""
+    return string.Template(STYLE.read_text(encoding="utf-8")).substitute(rendering="auto" if smooth else "pixelated")
+
+
 def write_page(path: str | Path, title: str, sections: Mapping[str, Sequence[str]], smooth: bool = True) -> None:
     """One page that needs no other file: sections, by heading ("" for none), of what `html_figure` returns."""
     body = [line for heading, figures in sections.items()
             for line in (f"<h2>{escape(heading)}</h2>" if heading else "", "<section>", *figures, "</section>")]
     page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title), body="\n".join(body), scale=escape(SCALE), rendering="auto" if smooth else "pixelated")
+        title=escape(title), body="\n".join(body), scale=escape(SCALE), style=page_style(smooth))
     with atomic_write(path, "wb") as file:
         file.write(page.encode("utf-8", "replace"))  # a file's name may hold what is no letter
