@@ -1,7 +1,7 @@
 """A page in your browser: show it a picture, read what the model says, and point at a word to see where it looked.
 
     pip install -r requirements.txt -r demo/app_requirements.txt
-    python demo/app.py                                      # the model in pretrained/
+    python demo/app.py                                      # the model that caption.py takes
     python demo/app.py --model one.pth.tar other.pth.tar    # what each of them says, side by side
 
 It is served to this machine alone and fetches nothing from elsewhere; pictures shown to it are deleted when it ends.
@@ -33,7 +33,6 @@ from utils import add_device_flags  # noqa: E402
 if TYPE_CHECKING:
     import gradio as gr
 
-PRETRAINED = REPOSITORY / "pretrained" / "flickr8k.pth.tar"
 ADDRESS = "127.0.0.1"  # which no other machine can reach
 TITLE = "Show, Attend and Tell"
 HINT = ("Give it a picture. Then point at a word of the caption, tap on it, or move to it with the Tab key. "
@@ -59,8 +58,8 @@ LAYOUT = """
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", "-m", nargs="+", metavar="FILE", default=[PRETRAINED],
-                        help="checkpoints, whose captions stand side by side (default: pretrained/flickr8k.pth.tar)")
+    parser.add_argument("--model", "-m", nargs="+", metavar="FILE", default=[None],
+                        help="checkpoints, whose captions stand side by side (default: as caption.py's)")
     parser.add_argument("--port", type=integer(1, 65535), metavar="N", help="(default: the first free from 7860 on)")
     add_device_flags(parser.add_argument)
     return parser
@@ -135,7 +134,8 @@ def launch(blocks: gr.Blocks, port: int | None) -> str:
 def main(args: argparse.Namespace) -> None:
     if not is_there("gradio"):
         raise InputError("the page needs Gradio, which is not installed: pip install -r demo/app_requirements.txt")
-    captioners = {str(each): load(each, device=args.device, precision=args.precision) for each in args.model}
+    captioners = {str(each or "the model"): load(each, device=args.device, precision=args.precision)
+                  for each in args.model}
     blocks = page(captioners)
     print(f"open {launch(blocks, args.port)} in a browser; Ctrl-C ends it", flush=True)
     try:
