@@ -26,8 +26,9 @@ PAGES = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
          for folder in (".", "docs", "benchmarks", "exercises", "pretrained")
          for path in sorted((REPOSITORY / folder).glob("*.md"))}
 README = PAGES["README.md"]
-SCRIPTS = ("create_input_files.py", "train.py", "eval.py", "caption.py", "demo/demo.py", "img/draw.py", "img/record.py",
-           "benchmarks/run.py", "benchmarks/gpu.py")
+SCRIPTS = ("create_input_files.py", "train.py", "eval.py", "caption.py", "demo/demo.py", "demo/app.py",
+           "img/draw.py", "img/record.py", "notebooks/build.py", "training/publish.py", "benchmarks/run.py",
+           "benchmarks/gpu.py")
 OURS = [name for name in PAGES if not name.startswith(("exercises", "pretrained"))]  # those have tests of their own
 
 
@@ -81,7 +82,7 @@ def test_every_other_command_is_known() -> None:
         "make demo", "make test", "make lint", "source .venv/bin/activate", "pip install", "python -m pytest",
         "python3 -m venv .venv && source .venv/bin/activate"}
     lists = [path for each in others for path in re.findall(r"-r (\S+)", each)]
-    assert len(lists) == 4
+    assert len(lists) == 5
     assert [path for path in lists if not (REPOSITORY / path).is_file()] == []
 
 
@@ -107,6 +108,7 @@ def test_the_commands_on_photographs_run(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / place / model.name).symlink_to(model)
     (tmp_path / "demo" / "output" / f"BEST_checkpoint_{demo.demo.NAME}.pth.tar").symlink_to(model)
     shutil.copytree(tmp_path / "train2014", tmp_path / "demo" / "output" / "shapes" / "images")
+    (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)  # METEOR's Java would take most of the time
 
@@ -117,7 +119,8 @@ def test_the_commands_on_photographs_run(tmp_path: Path, monkeypatch: pytest.Mon
     for command in dict.fromkeys([*first, *then]):
         if "--word_map WORDMAP" in command:
             shutil.copy(next((tmp_path / "data").glob("WORDMAP_coco*")), tmp_path)
-        assert run(command.replace("9490_given", "20_given"))  # words of this model
+        command = command.replace("2631_given", "20_given")  # words of this model
+        assert run(command.replace("pretrained/flickr8k.pth.tar", model.name))
     written = set(re.findall(r"--(?:out|gallery) (\S+)", " ".join([*first, *then])))
     assert len(written) == 5
     assert [path for path in written if not Path(path).stat().st_size] == []
