@@ -38,7 +38,7 @@ def test_the_score_of_a_pair() -> None:
 
     assert scored([1, 2, 3, 4], [1, 2, 3, 4], f=1, chunks=1, pairs=4)
     assert scored([4, 3, 2, 1], [1, 2, 3, 4], f=1, chunks=4, pairs=4)
-    assert scored([1, 2, 9], [1, 2, 3, 4], f=10 / 19, chunks=1, pairs=2)            # P is 2/3, R 1/2
+    assert scored([1, 2, 9], [1, 2, 3, 4], f=20 / 39, chunks=1, pairs=2)            # P is 2/3, R 1/2
     assert scored([1, 2, 9, 3, 4], [1, 2, 3, 4], f=40 / 41, chunks=2, pairs=4)      # what has no partner ends a chunk
     assert scored([1, 1, 1], [1, 2], f=10 / 21, chunks=1, pairs=1)                  # a partner is one's alone
     assert scored([2, 1, 3], [1, 2, 1, 3], f=30 / 39, chunks=1, pairs=3)            # of two places the one that follows
