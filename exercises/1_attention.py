@@ -41,7 +41,7 @@ def test_it_counts_the_regions_that_attention_looks_at() -> None:
 def test_what_it_costs() -> None:
     """The share of new scenes whose two colours are named rightly and in order, after equal training."""
     right = {}
-    for kind in (Attention, EvenAttention):
+    for kind in (EvenAttention, Attention):
         decoder = small_decoder()
         decoder.attention = kind(encoder_dim=FEATURES, decoder_dim=64, attention_dim=32)
         loss = fit(decoder, draw_scenes(200, "train"), draw_scenes(100, "val"), epochs=16)[-1]["val_loss"]

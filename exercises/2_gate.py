@@ -72,4 +72,4 @@ def test_it_opens_for_colours() -> None:
     opened, words = openings(decoder, scenes), scenes.captions[:, 1:]
     mean = {word: opened[words == i].mean().item() for i, word in enumerate(WORDS) if i and (words == i).any()}
     print("open by", ", ".join(f"{mean[word]:.2f} for {word}" for word in sorted(mean, key=mean.get)))
-    assert min(mean["red"], mean["green"], mean["blue"]) > mean["of"] + 0.05
+    assert min(mean["red"], mean["green"], mean["blue"]) > mean["of"] + 0.03

@@ -48,7 +48,7 @@ def test_patience() -> None:
 def test_fifty_scenes_are_learnt_by_heart() -> None:
     """And the sign of it is found in the curves: while the model gets perfect, it gets worse."""
     scenes, val, decoder = draw_scenes(50, "fifty"), draw_scenes(100, "val"), small_decoder()
-    rows = fit(decoder, scenes, val, epochs=60)
+    rows = fit(decoder, scenes, val, epochs=45)
     turn, stop = turning_point(rows), stops_after(rows, patience=10)
     for epoch in dict.fromkeys((turn, stop, len(rows))):
         print(f"epoch {epoch}: train loss {rows[epoch - 1]['train_loss']:.3f}, "

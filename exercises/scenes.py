@@ -43,7 +43,7 @@ def draw_scenes(n: int, split: str) -> Scenes:
         small = small - np.median(small, axis=(0, 1))                                       # the background is near 0
         maps.append(small.reshape(REGIONS, 4, REGIONS, 4, 3).swapaxes(1, 2).reshape(REGIONS, REGIONS, -1))
         captions.append(torch.tensor([WORD_MAP[word] for word in ("<start>", *say(*things), "<end>")]))
-    across = torch.linspace(-1, 1, REGIONS).expand(n, REGIONS, REGIONS)
+    across = torch.linspace(-3, 3, REGIONS).expand(n, REGIONS, REGIONS)
     place = torch.stack([across, across.transpose(1, 2)], dim=3)                            # (N, 8, 8, 2)
     return Scenes(torch.cat([torch.from_numpy(np.stack(maps)), place], dim=3), pad_sequence(captions, True),
                   torch.tensor([[len(each)] for each in captions]))
