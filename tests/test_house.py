@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).parent.parent
 READING_ORDER = ["models", "datasets", "caption", "eval", "train"]
 SCRIPTS = [*READING_ORDER, "create_input_files", "utils"]
 FOLDERS = ["encoders", "safety", "preparing", "searching", "training", "drawing"]
-GUESTS = ["show_attend_tell", "demo", "benchmarks", "img", "notebooks", "tests"]
+GUESTS = ["show_attend_tell", "demo", "exercises", "notebooks", "benchmarks", "img", "tests"]
 # What a file may import of ours, beside its own folder.
 ALLOWED = {
     "encoders": set(), "models": {"encoders"}, "safety": {"models", "encoders"}, "utils": {"safety"},
