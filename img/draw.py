@@ -40,7 +40,7 @@ from safety.files import atomic_write  # noqa: E402
 from training.curves import draw_curves  # noqa: E402
 
 RECORD, PHOTOS = REPOSITORY / "img" / "demo.json", REPOSITORY / "img" / "photos.json"
-PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg")  # that scikit-image brings
+PHOTOGRAPHS = ("camera.png", "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # that scikit-image brings
 SCENE = 5   # of the demo's test split: a short caption that is right, so that a tree of it fits on a page
 LEAD = 12   # another one, for docs/captions.md
 INK, QUIET, LINE = "#2f3542", "#7d8797", "#b9c1cd"
