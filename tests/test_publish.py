@@ -1,13 +1,16 @@
 """Checkpoints made small enough to give away, and the model in the box."""
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
+from PIL import Image
 from test_checkpoints import our_state
 
 import caption
@@ -85,3 +88,15 @@ def test_without_a_model_the_one_in_the_box_is_taken_and_named(checkpoint, tmp_p
                          for model in ((), (checkpoint,)))
     assert in_the_box.words == named.words
     assert capsys.readouterr().err.count("pretrained/flickr8k.pth.tar") == 1
+
+
+def test_the_model_in_the_box_is_that_of_its_card() -> None:
+    card = (REPOSITORY / "pretrained" / "README.md").read_text(encoding="utf-8")
+    content = caption.PRETRAINED.read_bytes()
+    assert hashlib.sha256(content).hexdigest() in card and f"{len(content) / 1e6:.1f} MB" in card
+    assert len(content) < 32e6
+    assert torch.load(caption.PRETRAINED, weights_only=True).keys() == {
+        "format", "encoder", "decoder", "word_map", "model", "preprocessing", "scores"}
+    [[best]] = caption.caption_images(caption.load(caption.PRETRAINED, device="cpu"),
+                                     Image.fromarray(skimage.data.camera()))
+    assert "man" in best.words and best.finished
