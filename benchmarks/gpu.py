@@ -1,4 +1,4 @@
-"""What a GPU makes of this project, in one command that takes two minutes on an H100; no data are needed.
+"""What a GPU makes of this project, in one command of some minutes; no data are needed.
 
     python benchmarks/gpu.py                  # prints tables, and writes all figures into gpu.json
     python benchmarks/gpu.py --tiny           # a dry run of some seconds, on a CPU too
@@ -80,7 +80,7 @@ def measure_step(setting: Setting, kind: str, compiled: bool = False) -> dict[st
     batch = next(iter(ours.load_batches(setting, run, models, stage, features_kept)))
     step = partial(train.train_step, run, models, batch)
     counter = FlopCounterMode(display=False)
-    with nullcontext() if compiled else counter:  # under a counter PyTorch 2.11 compiles nothing, then and later
+    with nullcontext() if compiled else counter:  # under a counter PyTorch 2.11 seems to compile nothing
         step()
     for _ in range(setting.warm_up):
         step()

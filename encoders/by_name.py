@@ -205,5 +205,4 @@ class LastMap(nn.Module):
         return features
 
 
-ENCODERS: dict[str, Callable[..., Trunk]] = {
-    **dict.fromkeys(SIZES, efficientnet_lite_trunk)}
+ENCODERS: dict[str, Callable[..., Trunk]] = dict.fromkeys(SIZES, efficientnet_lite_trunk)
