@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from encoders.by_name import ENCODERS, find_trunk  # noqa: F401 (ENCODERS is for those who add one)
 from encoders.speed import speed_up_convolutions
+from encoders.trunk import UnitFeatures
 
 LAMBDA_E = 0.01     # weight of the gaze's entropy in hard attention: the larger, the more even the gaze stays
 
@@ -49,6 +50,8 @@ class Encoder(nn.Module):
         stride: pixels from one region of the trunk's map to the next, at most. 32: the trunk's last map; 16: the last
             that is twice as fine, of a ResNet that of its third block, 16 x 16 x 1024 of 256 x 256 pixels.
         image_size: of a Vision Transformer that is not for pictures of its usual size.
+        unit_features: bring each region's features to mean 0 and deviation 1, as train.py does where the map is not
+            the trunk's last.
 
     Attributes:
         pixels: the size of the pictures that it expects, and what they are normalised with (`datasets.normalize`).
@@ -59,12 +62,14 @@ class Encoder(nn.Module):
 
     def __init__(self, encoded_image_size: int = 14, name: str = "resnet101",
                  weights: str | dict[str, Tensor] | None = None, stride: int = 32,
-                 image_size: int | None = None) -> None:
+                 image_size: int | None = None, unit_features: bool = False) -> None:
         super().__init__()
         self.enc_image_size = encoded_image_size
         layers, self.encoder_dim, self.first_tuned, self.pixels = find_trunk(name, weights, stride, image_size)
         self.pixels.checked()
         self.resnet = nn.Sequential(*layers)  # the original's name for it
+        if unit_features:
+            self.resnet.append(UnitFeatures())
         self.adaptive_pool = nn.AdaptiveAvgPool2d((encoded_image_size, encoded_image_size))
         self.eval()
         self.fine_tune(False)
@@ -492,12 +497,12 @@ def build(model: dict[str, Any], weights: str | dict[str, Tensor] | None = None,
     Raises:
         OSError: the weights cannot be downloaded. ValueError: no such encoder or decoder.
     """
-    arguments = {"decoder": "lstm", "attention": "soft", "encoder_stride": 32, **model}
-    size, encoder_name, stride, name, kind = (
-        arguments.pop(key) for key in ("encoded_image_size", "encoder", "encoder_stride", "decoder", "attention"))
+    arguments = {"decoder": "lstm", "attention": "soft", "encoder_stride": 32, "unit_features": False, **model}
+    size, encoder_name, stride, unit, name, kind = (arguments.pop(key) for key in (
+        "encoded_image_size", "encoder", "encoder_stride", "unit_features", "decoder", "attention"))
     if name not in DECODERS:
         raise ValueError(f"there is no decoder {name!r}, only {', '.join(DECODERS)}; add others to models.DECODERS")
-    encoder = Encoder(size, encoder_name, weights, stride, image_size)
+    encoder = Encoder(size, encoder_name, weights, stride, image_size, unit)
     if size > (side := image_size or encoder.pixels.image_size):
         raise ValueError(f"a map of {size} x {size} pixels is larger than the picture, {side} x {side}")
     decoder = DECODERS[name](**{"encoder_dim": encoder.encoder_dim, "map_size": size, **arguments})

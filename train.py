@@ -455,6 +455,8 @@ def new_models(run: Run) -> tuple[dict[str, Any], nn.Module, nn.Module]:
     for name, default in (("attention", "soft"), ("encoder_stride", 32)):
         if getattr(args, name) != default:  # else a checkpoint is as it was before there was a choice
             arguments[name] = getattr(args, name)
+    if args.encoder_stride < 32:
+        arguments["unit_features"] = True  # checkpoints of before this was found do not have it
     try:
         encoder, decoder = build(arguments, encoder_weights(args, run.world))
         size = broadcast(encoder.pixels.image_size, run.world)  # rank 0's, which alone has the weights

@@ -37,6 +37,7 @@ from datasets import CaptionDataset, EpochSampler, Pictures, load_word_map, norm
 from models import DECODERS, Annotations, DecoderWithAttention, Encoder, Losses
 from safety.checkpoints import load_checkpoint
 from safety.errors import InputError
+from safety.restore import restore
 from safety.signals import Stopped
 from training.gaze import draw_sheet
 from training.progress import Progress, Watch
@@ -121,6 +122,14 @@ def test_a_finer_map_is_trained_kept_and_resumed(prepared: Prepared, tmp_path: P
     whole, resumed = (load(tmp_path / each, prepared) for each in ("straight", "first"))
     assert_same_run(resumed, whole)
     assert (resumed["model"]["encoder_stride"], resumed["model"]["encoder_dim"]) == (16, 48)
+    # Each region's features are of unit size; those of a checkpoint that is older than that stay as they were.
+    (encoder, _), (before, _) = (restore({**resumed, "model": {**resumed["model"], "unit_features": unit}})
+                                 for unit in (resumed["model"]["unit_features"], False))
+    with torch.inference_mode():
+        as_they_were = before.grid(pictures := torch.rand(1, 3, 256, 256))
+        features = encoder.grid(pictures)
+    assert as_they_were.std(dim=3).mean() < 0.1
+    torch.testing.assert_close(features, nn.functional.layer_norm(as_they_were, (48,)))
     of_32 = straight / f"checkpoint_{prepared.name}.pth.tar"
     assert "encoder_stride" not in load(straight, prepared)["model"]  # as before there was a choice
     with refused("holds a model with --encoder_stride 32, and not 16"):
