@@ -3,6 +3,10 @@
 The captions come from a little grammar, so a small model has to learn words and how they combine; some pairs of
 colour and shape are kept out of training (HELD_OUT), so a table of remembered pictures fails on the test split. The
 boxes say where each object is, so one can check where the attention looked while a word was written.
+
+Most scenes hold four things that have neither colour nor shape in common, and a caption asks, as it were, for one: "in
+red a ..." Which colour it names nobody can foresee, so to go on one has to look at the thing of that colour. There is a
+word between the colour and the shape because the model looks by its state before it reads the last word (equation 4).
 """
 
 import argparse
@@ -138,11 +142,21 @@ def place_group(sizes: list[tuple[int, int]], rng: random.Random) -> list[tuple[
     return corners
 
 
+def four_looks(rng: random.Random, held_out: bool) -> list[tuple[str, str]]:
+    """Four pairs of colour and shape, no colour and no shape twice; with `held_out` one of the pairs is of those."""
+    while True:
+        looks = list(zip(rng.sample(tuple(COLORS), 4), rng.sample(SHAPES, 4), strict=True))
+        if sum(look in HELD_OUT for look in looks) == held_out:
+            return looks
+
+
 def draw_scene(rng: random.Random, held_out: bool) -> tuple[Image.Image, list[Thing]]:
-    """A SIDE x SIDE RGB picture and its one to three objects; `held_out` asks for a pair that training never shows."""
+    """A SIDE x SIDE RGB picture and its one to four objects; `held_out` asks for a pair that training never shows."""
     looks = [rng.choice(sorted(HELD_OUT) if held_out else ORDINARY)]
-    kind = rng.choices(("one", "pair", "group"), (30, 50, 20))[0]
-    if kind == "pair":
+    kind = rng.choices(("one", "pair", "group", "four"), (12, 20, 8, 60))[0]
+    if kind == "four":
+        looks = four_looks(rng, held_out)
+    elif kind == "pair":
         looks.append(rng.choice([look for look in ORDINARY if look != looks[0]]))
         rng.shuffle(looks)
     elif kind == "group":
@@ -152,7 +166,7 @@ def draw_scene(rng: random.Random, held_out: bool) -> tuple[Image.Image, list[Th
         classes = classes[:1] * len(looks)
     masks = [draw_mask(shape, rng.randint(*SIZES[size]), rng.uniform(-12, 12))
              for (_, shape), size in zip(looks, classes, strict=True)]
-    place = {"one": place_one, "pair": place_pair, "group": place_group}[kind]
+    place = {"one": place_one, "pair": place_pair}.get(kind, place_group)
     corners = place([mask.size for mask in masks], rng)
     picture, things = draw_background(np.random.default_rng(rng.getrandbits(64))), []
     for (color, shape), size, mask, (x, y) in zip(looks, classes, masks, corners, strict=True):
@@ -202,6 +216,10 @@ def say_scene(things: list[Thing], rng: random.Random) -> str:
         return rng.choice((many, f"there {verb} {many}", f"{frame} {many}", f"{many} on a grey background",
                            f"the {count} {PLURALS[noun]} are {color}"))
     a, b = rng.sample(things, 2)
+    if len(things) == 4:
+        noun, another = rng.choice(SYNONYMS[a.shape]), rng.choice(SYNONYMS[b.shape])
+        return rng.choice((f"in {a.color} a {noun} and in {b.color} a {another}", f"the {a.color} one is a {noun}",
+                           f"the {a.color} one is a {noun} and the {b.color} one a {another}"))
     one, other, where = phrase(a, rng), phrase(b, rng), rng.choice(RELATIONS[relation(a.box, b.box)])
     return rng.choice((f"{one} {where} {other}", f"{one} is {where} {other}", f"there is {one} {where} {other}",
                        f"{phrase(a, rng, 'the')} is {where} {phrase(b, rng, 'the')}", f"{one} and {other}",
