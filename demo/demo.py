@@ -47,7 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "demo" / "output", metavar="DIR",
                         help="where all files go; what is there of an earlier demo is replaced (default: demo/output)")
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="scenes to train on (default: 1000)")
-    parser.add_argument("--epochs", type=int, nargs=2, default=[8, 1], metavar="N", help="by stage (default: 8 1)")
+    parser.add_argument("--epochs", type=int, nargs=2, default=[12, 1], metavar="N", help="by stage (default: 12 1)")
     return parser
 
 
