@@ -41,8 +41,9 @@ from training.curves import draw_curves  # noqa: E402
 
 RECORD, PHOTOS = REPOSITORY / "img" / "demo.json", REPOSITORY / "img" / "photos.json"
 PHOTOGRAPHS = ("camera.png", "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # that scikit-image brings
-SCENE = 5   # of the demo's test split: a short caption that is right, so that a tree of it fits on a page
-LEAD = 12   # another one, for docs/captions.md
+SCENE = 1   # of the demo's test split: the one that the demo itself shows
+LEAD = 0    # the first, for docs/captions.md
+TREE = 5    # the first of a single thing: its caption is short, so that the tree of a search fits on a page
 INK, QUIET, LINE = "#2f3542", "#7d8797", "#b9c1cd"
 Color = tuple[str, str]  # of a panel and of its border
 BLUE, ORANGE = ("#e4edf8", "#5b7db1"), ("#fdead6", "#d0812f")
@@ -133,11 +134,12 @@ def draw_encoder(_: dict[str, Any]) -> Figure:
 
 
 def draw_decoder(record: dict[str, Any], attention: bool) -> Figure:
-    """The LSTM unrolled over a short caption; words come out, and go in again at the next step."""
+    """The LSTM unrolled over the first words of a caption; they come out, and go in again at the next step."""
     figure, axes = sheet(11, 4.4 if attention else 3.6)
     lstm, top = (2.35, 3.75) if attention else (1.5, 2.9)
     columns, heights = (2.9, 5.0, 7.1, 9.2), (0.45, 1.3)  # of the steps; of features and attention
-    for x, word in zip((1.75, 3.95, 6.05, 8.15, 10.25), ["<start>", *record["words"]], strict=True):
+    for x, word in zip((1.75, 3.95, 6.05, 8.15, 10.25), ["<start>", *record["words"][:3], record["words"][3] + " ..."],
+                       strict=True):
         box(axes, x, top, 1.15, 0.42, word, GREEN)
     for t, x in enumerate(columns):
         box(axes, x, lstm, 1.1, 0.6, "LSTM", GREY)
@@ -177,7 +179,7 @@ def draw_attention_network(record: dict[str, Any]) -> Figure:
     box(axes, 5.25, 2.05, 1.3, 0.8, "+, ReLU\nP x A", ORANGE)
     box(axes, 6.95, 2.05, 1.3, 0.8, "linear $w$\nP x 1", ORANGE)
     box(axes, 8.55, 2.05, 1.1, 0.8, "softmax\nP", ORANGE)
-    alpha = np.array(record["alphas"][2])
+    alpha = np.array(record["alphas"][-2])  # of the last word, before <end>
     inset = axes.inset_axes((9.55, 1.45, 1.2, 1.2), transform=axes.transData)
     inset.imshow(alpha, cmap="Oranges")
     inset.set(xticks=[], yticks=[])
@@ -209,18 +211,19 @@ def draw_model(record: dict[str, Any]) -> Figure:
     write(axes, 3.8, 1.85, "features", 10)
     arrow(axes, (1.73, 2.55), (1.95, 2.55))
     arrow(axes, (3.05, 2.55), (3.36, 2.55))
-    columns = np.linspace(5.3, 10.2, len(record["words"]))
+    columns = np.linspace(5.1, 10.4, len(record["words"]))
     step = columns[1] - columns[0]
+    side, lstm, wide = (min(usual, step - 0.06) for usual in (1.25, 0.95, 1.2))
     for t, (x, word, alpha) in enumerate(zip(columns, record["words"], record["alphas"], strict=True)):
-        picture(axes, x, 2.55, 1.25, pixels, np.array(alpha))
-        box(axes, x, 1.3, 0.95, 0.5, "LSTM", GREY)
+        picture(axes, x, 2.55, side, pixels, np.array(alpha))
+        box(axes, x, 1.3, lstm - 0.1, 0.5, "LSTM", GREY)
         arrow(axes, (x, 1.91), (x, 1.56), ORANGE[1])
-        box(axes, x, 0.4, 1.2, 0.42, word, GREEN)
+        box(axes, x, 0.4, wide - 0.06, 0.42, word, GREEN)
         arrow(axes, (x, 1.04), (x, 0.63), GREEN[1])
         if t:
-            arrow(axes, (x - step + 0.48, 1.3), (x - 0.48, 1.3), GREY[1])
-            arrow(axes, (x - step + 0.45, 1.56), (x - 0.5, 1.9), GREY[1], style=(0, (3, 2)))
-            arrow(axes, (x - step + 0.61, 0.45), (x - 0.35, 1.04), GREEN[1])
+            arrow(axes, (x - step + lstm / 2 - 0.04, 1.3), (x - lstm / 2 + 0.04, 1.3), GREY[1])
+            arrow(axes, (x - step + lstm / 3, 1.56), (x - side / 3, 1.9), GREY[1], style=(0, (3, 2)))
+            arrow(axes, (x - step + wide / 2 - 0.1, 0.62), (x - lstm / 4, 1.04), GREEN[1])
     box(axes, 7.75, 3.75, 6.1, 0.42, "attention: the features, weighed anew for each word", ORANGE)
     for x in columns:
         arrow(axes, (x, 3.53), (x, 3.2), ORANGE[1])
@@ -284,7 +287,7 @@ def draw_files(_: dict[str, Any]) -> Figure:
         write(axes, 9.7, 3.15 - 0.38 * row, str(len(line)), 11)
     write(axes, 9.7, 3.62, "CAPLENS .json", 11, weight="bold")
     write(axes, 9.7, 1.07, "5 M lengths,\n<start>, <end> too", 10)
-    examples = (*words[0][1:-1], "<unk>", "<start>", "<end>", "<pad>")
+    examples = (*dict.fromkeys(words[0][1:-1]), "<unk>", "<start>", "<end>", "<pad>")
     shown = ", ".join(f"{word}: {word_map[word]}" for word in examples)
     box(axes, 5.4, 0.33, 10.3, 0.42, "", GREEN)
     write(axes, 0.5, 0.33, "WORDMAP .json", 11, weight="bold", ha="left")
@@ -294,7 +297,7 @@ def draw_files(_: dict[str, Any]) -> Figure:
 
 def draw_batches(_: dict[str, Any]) -> Figure:
     """Captions of six scenes sorted by length, and the sizes that pack_padded_sequence gives to the steps."""
-    captions = [["<start>", *scene(index)[1][0].split(), "<end>"] for index in (SCENE, 1, 20, 7, 52, 14)]
+    captions = [["<start>", *scene(index)[1][0].split(), "<end>"] for index in (8, 15, 22, 2, 5, 27)]
     captions = sorted(captions, key=len, reverse=True)
     lengths = [len(each) - 1 for each in captions]
     padded = torch.zeros(len(captions), lengths[0])

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from caption import Captioner, Search, beam_search, caption_images, load  # noqa: E402
 from datasets import encode, read_image, reverse  # noqa: E402
 from demo.demo import NAME  # noqa: E402
-from img.draw import LEAD, PHOTOGRAPHS, PHOTOS, RECORD, SCENE, photograph  # noqa: E402
+from img.draw import LEAD, PHOTOGRAPHS, PHOTOS, RECORD, SCENE, TREE, photograph  # noqa: E402
 from models import DecoderWithAttention  # noqa: E402
 from safety.checkpoints import load_checkpoint  # noqa: E402
 from safety.errors import InputError, run_script  # noqa: E402
@@ -101,9 +101,10 @@ def record_demo(folder: Path) -> None:
         raise InputError(f"{log}: no such file; run the demo first, python demo/demo.py")
     checkpoint = load_checkpoint(folder / f"BEST_checkpoint_{NAME}.pth.tar")
     (encoder, decoder), word_map = restore(checkpoint), checkpoint["word_map"]
-    pixels = read_image(folder / "shapes" / "images" / f"shapes_test_{SCENE:04d}.png")
-    features = encode(encoder, decoder, torch.from_numpy(pixels).unsqueeze(0), torch.device("cpu"))  # (1, h, w, C)
-    tree = grow(decoder, features, word_map, BEAM_SIZE)
+    pixels = [read_image(folder / "shapes" / "images" / f"shapes_test_{index:04d}.png") for index in (SCENE, TREE)]
+    features, of_tree = (encode(encoder, decoder, torch.from_numpy(each).unsqueeze(0), torch.device("cpu"))
+                         for each in pixels)                                    # (1, h, w, C)
+    tree = grow(decoder, of_tree, word_map, BEAM_SIZE)
     [[best]] = beam_search(decoder, features, word_map, Search(BEAM_SIZE))
     [[lead]] = caption_images(Captioner(encoder, decoder, word_map),
                               [folder / "shapes" / "images" / f"shapes_test_{LEAD:04d}.png"], beam_size=BEAM_SIZE)
