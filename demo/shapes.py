@@ -54,6 +54,7 @@ SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 RELATIONS = {"above": ("above", "over"), "below": ("below", "under"),
              "left": ("left of", "to the left of"), "right": ("right of", "to the right of")}
 MAX_WORDS = 12
+KINDS = {"one": 12, "pair": 20, "group": 8, "four": 60}  # of a hundred scenes, on average
 
 
 class Thing(NamedTuple):
@@ -150,10 +151,10 @@ def four_looks(rng: random.Random, held_out: bool) -> list[tuple[str, str]]:
             return looks
 
 
-def draw_scene(rng: random.Random, held_out: bool) -> tuple[Image.Image, list[Thing]]:
+def draw_scene(rng: random.Random, held_out: bool, kinds: dict[str, int] = KINDS) -> tuple[Image.Image, list[Thing]]:
     """A SIDE x SIDE RGB picture and its one to four objects; `held_out` asks for a pair that training never shows."""
     looks = [rng.choice(sorted(HELD_OUT) if held_out else ORDINARY)]
-    kind = rng.choices(("one", "pair", "group", "four"), (12, 20, 8, 60))[0]
+    kind = rng.choices(tuple(kinds), tuple(kinds.values()))[0]
     if kind == "four":
         looks = four_looks(rng, held_out)
     elif kind == "pair":

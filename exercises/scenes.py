@@ -53,7 +53,7 @@ def two_different(n: int, split: str) -> Iterator[tuple[Any, list[Thing]]]:
     """Pictures of n scenes with a pair of things that differ."""
     rng = random.Random(split)
     while n > 0:
-        picture, things = draw_scene(rng, held_out=False)
+        picture, things = draw_scene(rng, held_out=False, kinds={"one": 30, "pair": 50, "group": 20})
         if len(things) == 2 and things[0][:2] != things[1][:2]:
             yield picture, things
             n -= 1
