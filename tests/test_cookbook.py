@@ -48,7 +48,8 @@ def test_the_recipes_run(kitchen: dict[str, Any], capsys: pytest.CaptureFixture[
         assert len(recipe.splitlines()) < 20
         exec(recipe.replace('"127.0.0.1", 8000', '"127.0.0.1", 0'), kitchen)
     said = capsys.readouterr().out
-    assert said.count("0.5 ") == 5 and said.count("1.0 ") >= 5  # five captions of each temperature
+    lines = said.splitlines()
+    assert sum(line.startswith("0.5 ") for line in lines) == 5 <= sum(line.startswith("1.0 ") for line in lines)
     assert "2.jpg cannot be read" in said
     assert 0 < kitchen["sure"] <= 1
     server = kitchen["server"]
