@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from conftest import ENCODER
 from PIL import Image
 from test_checkpoints import our_state
 
 import caption
-from safety.checkpoints import load_checkpoint, save_checkpoint
+from models import Encoder
+from safety.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from safety.errors import InputError, UsageError
 from training import publish
 
@@ -34,6 +36,15 @@ def published(checkpoint: Path, folder: Path, bits: int) -> Path:
     path = folder / f"{bits}.pth.tar"
     publish.main(publish.get_parser().parse_args([str(checkpoint), str(path), "--bits", str(bits)]))
     return path
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_its_encoder_serves_another_decoder(bits: int, checkpoint: Path, tmp_path: Path) -> None:
+    """--encoder_weights takes such a file, and in 8 bits each row times its scale."""
+    small = published(checkpoint, tmp_path, bits)
+    expected = load_checkpoint(small)["encoder"]
+    encoder = Encoder(3, ENCODER, load_weights(small))
+    assert all(torch.equal(each, expected[name].to(each.dtype)) for name, each in encoder.state_dict().items())
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(16, 2 ** -11), (8, 1 / 254)])
