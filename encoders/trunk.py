@@ -63,7 +63,7 @@ class UnitFeatures(nn.Module):
     """Each region's features (N, C, h, w) shifted and scaled to mean 0 and deviation 1.
 
     A classifier's last map is what its own head reads, numbers of about that size. One from its middle is not:
-    EfficientNet-lite0's of stride 16 has a deviation of 4.5, and attention learns from that hardly where to look.
+    EfficientNet-lite0's of stride 16 has a deviation of 4.5, from which attention is slow to learn where to look.
     """
 
     def forward(self, features: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def commands_of(text: str) -> list[str]:
     """The lines of its blocks for a shell, without comments; the variables of a loop have a value."""
     lines = [line.split(" #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
              for line in block.splitlines()]
-    values = dict(re.findall(r"^(\w+)=(\S+)$", "\n".join(lines), re.MULTILINE)) | {"seed": "1"}
+    values = dict(re.findall(r'^(\w+)="?([^"\n]+)"?$', "\n".join(lines), re.MULTILINE)) | {"seed": "1"}
     for name, value in values.items():
         lines = [line.replace(f"${name}", value) for line in lines]
     return [line for line in lines if line and not line.startswith("#")]
