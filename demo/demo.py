@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from caption import caption_images, load  # noqa: E402
 from datasets import CaptionDataset  # noqa: E402
-from demo.shapes import draw_data_set, shape_of  # noqa: E402
+from demo.shapes import COLORS, draw_data_set, shape_of  # noqa: E402
 from eval import bleu  # noqa: E402
 from models import Caption  # noqa: E402
 from safety.errors import InputError, run_script  # noqa: E402
@@ -94,6 +94,15 @@ def looks(caption: Caption, objects: Sequence[dict], what: str = "shape") -> lis
     return found
 
 
+def things_named(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Colour and shape of each thing that a caption names: a colour and the next word for a shape, or, as in "the star
+    is red", the one before."""
+    shapes = [shape_of(word) for word in words]
+    found = ((word, next(filter(None, shapes[i:]), next(filter(None, reversed(shapes[:i])), None)))
+             for i, word in enumerate(words) if word in COLORS)
+    return [(color, shape) for color, shape in found if shape]
+
+
 def in_per_cent(looked: Sequence[Look], prefix: str) -> dict[str, float]:
     """The means of what `looks` found, by names for examination.json."""
     beside = [each for each in looked if each.share is not None]
@@ -117,7 +126,10 @@ def examine(folder: Path) -> dict[str, float]:
     shuffled = [captions[i] for i in torch.randperm(len(captions), generator=generator).tolist()]
     shapes, colors = ([look for caption, name in zip(found, names, strict=True)
                        for look in looks(caption, boxes[name], what)] for what in ("shape", "color"))
+    there = [thing in {(each["color"], each["shape"]) for each in boxes[name]}
+             for words, name in zip(captions, names, strict=True) for thing in things_named(words)]
     return {"bleu4": bleu(references, captions)[3], "bleu4_blind": bleu(references, shuffled)[3],
+            "things": len(there), "there": 100 * float(np.mean(there)) if there else 0.0,
             "shape_words": len(shapes), **in_per_cent(shapes, ""), **in_per_cent(colors, "color_")}
 
 
@@ -146,7 +158,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     with atomic_write(folder / "examination.json") as file:
         json.dump(found, file, indent=2)
     print(f"\nBLEU-4 on unseen scenes, greedy: {found['bleu4']:.1f}; of the same captions held against other scenes: "
-          f"{found['bleu4_blind']:.1f}\nof {found['shape_words']} shapes it named, it looked at that shape "
+          f"{found['bleu4_blind']:.1f}\n"
+          f"of {found['things']} things it named by colour and shape, {found['there']:.0f} % were there\n"
+          f"of {found['shape_words']} shapes it named, it looked at that shape "
           f"{found['on_object']:.0f} % of the time; by chance: {found['by_chance']:.0f} %\n"
           f"of the weight on all shapes, where there are several, the named one had {found['on_named']:.0f} %; by its "
           f"area: {found['on_named_by_chance']:.0f} %\n"

@@ -53,6 +53,16 @@ def test_means_are_in_per_cent_and_of_scenes_of_several_kinds() -> None:
     assert demo.demo.in_per_cent([], "")["on_named"] == 0
 
 
+@pytest.mark.parametrize(("caption", "expected"), [
+    ("in red a disc and in blue a box", [("red", "circle"), ("blue", "square")]),
+    ("the red one is a star and the white one a plus", [("red", "star"), ("white", "cross")]),
+    ("the stars are green", [("green", "star")]), ("a small red box above a white heart", [("red", "square"),
+                                                                                    ("white", "heart")]),
+    ("there is a circle", []), ("it is red", [])])
+def test_what_a_caption_names(caption: str, expected: list[tuple[str, str]]) -> None:
+    assert demo.demo.things_named(caption.split()) == expected
+
+
 def test_two_objects_of_a_shape_are_both_right() -> None:
     other = {"color": "green", "shape": "square", "box": [0, 192, 64, 256]}
     assert demo.demo.looks(gaze(["square"], 12), [SQUARE, other]) == [(True, 2 / 16, None, None)]
@@ -73,13 +83,14 @@ def test_the_demos_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(demo.demo, "call", lambda script, *arguments: parsed.append(
         scripts[script].get_parser().parse_args([str(each) for each in arguments])))
     monkeypatch.setattr(demo.demo, "examine", lambda folder: {
-        "bleu4": 40.0, "bleu4_blind": 12.0, "shape_words": 9, "on_object": 60.0, "by_chance": 15.0, "on_named": 50.0,
-        "on_named_by_chance": 25.0})
+        "bleu4": 40.0, "bleu4_blind": 12.0, "things": 11, "there": 70.0, "shape_words": 9, "on_object": 60.0,
+        "by_chance": 15.0, "on_named": 50.0, "on_named_by_chance": 25.0})
     monkeypatch.setattr(demo.demo, "draw_data_set", lambda folder, train: folder / "dataset_shapes.json")
     demo.demo.main(demo.demo.get_parser().parse_args(["--folder", str(tmp_path)]))
     assert len(parsed) == 4
     shown = capsys.readouterr().out
     assert "greedy: 40.0; of the same captions held against other scenes: 12.0" in shown
+    assert "of 11 things it named by colour and shape, 70 % were there" in shown
     assert "the named one had 50 %; by its area: 25 %" in shown
     assert json.loads((tmp_path / "examination.json").read_text())["on_named"] == 50
     page, = [Path(each.gallery) for each in parsed if "gallery" in each]
