@@ -248,7 +248,7 @@ def draw_data_set(folder: str | Path, train: int = 1000, val: int = 100, test: i
 
     `train`, `val` and `test` count pictures. A finished set made with the same arguments is left as it is.
     """
-    folder, made_with = Path(folder), {"train": train, "val": val, "test": test, "seed": seed}
+    folder, made_with = Path(folder), {"train": train, "val": val, "test": test, "seed": seed, "kinds": KINDS}
     path = folder / "dataset_shapes.json"
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8")).get("made_with") == made_with:

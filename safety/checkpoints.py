@@ -70,7 +70,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             safe = file.read(9)[8:] == b"{"  # after the length of what stands between the brackets
         state = _read_safetensors(path) if safe else _unpickle(path, mapped=False)
-        if isinstance(state, dict) and state.get("scales"):  # one of ours, in 8 bits
+        if isinstance(state, dict) and isinstance(state.get("scales"), dict):  # one of ours, in 8 bits
             state = {part: _in_full(state, part, path) for part in ("encoder", "decoder")}
         weights = by_name(state)
         weights = {name: each for name, each in weights.items() if _is_whole(each)}

@@ -242,8 +242,16 @@ def test_finished_set_is_left_alone(tmp_path):
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
     draw_data_set(tmp_path, train=2, val=1, test=2, seed=1)
     made = json.loads(path.read_text())
-    assert made["made_with"] == {"train": 2, "val": 1, "test": 2, "seed": 1}
+    assert made["made_with"] == {"train": 2, "val": 1, "test": 2, "seed": 1, "kinds": shapes.KINDS}
     assert len(made["images"]) == len(list((tmp_path / "images").iterdir())) == 5, "no picture of the old set is left"
+
+
+def test_a_set_of_other_scenes_is_drawn_again(tmp_path, monkeypatch):
+    """One that an older version drew, of other kinds of scenes, is no set of this one."""
+    draw_data_set(tmp_path, train=2, val=1, test=1)
+    monkeypatch.setattr(shapes, "KINDS", {"one": 1})
+    path = draw_data_set(tmp_path, train=2, val=1, test=1)
+    assert json.loads(path.read_text())["made_with"]["kinds"] == {"one": 1}
 
 
 def test_cut_short_is_not_finished(tmp_path, monkeypatch):
