@@ -249,6 +249,18 @@ def test_the_readmes_figures_are_those_of_results() -> None:
         assert any(all(f" {each} " in row for each in pair) for row in results if "the paper" in row)
 
 
+def test_stored_captions_are_of_the_whole_split_and_their_logs_there() -> None:
+    """What RESULTS.md says anyone can score again."""
+    stored = sorted((REPOSITORY / "docs" / "results").glob("*_beam5.json"))
+    assert len(stored) >= 8
+    for path in stored:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+        assert len({each["image_id"] for each in captions}) == len(captions) == 1000
+        log = path.with_name(f"{path.name.removesuffix('_beam5.json')}.jsonl")
+        assert path.name.startswith("ensemble") or all(
+            {"stage", "epoch", "cider"} <= json.loads(line).keys() for line in log.read_text().splitlines())
+
+
 def test_the_epochs_are_those_recorded() -> None:
     log = json.loads(img.draw.PHOTOS.read_text(encoding="utf-8"))["log"]
     text = PAGES["docs/trials.md"]
