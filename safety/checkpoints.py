@@ -124,9 +124,14 @@ def _refuse_others(path: str | Path) -> None:
         kind = "HDF5, as Keras's models and prepared pictures are; give a file that torch.save wrote"
     elif beginning[8:] == b"{":
         kind = "in the format of safetensors, weights alone; give them to train.py with --encoder_weights"
+    elif beginning[:1] == b"\x08" and beginning[2:3] == b"\x12":  # its version, then who made it
+        kind = "ONNX, a graph without PyTorch's names; give the file that it was exported from"
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            names = archive.namelist()
+            if "model.weights.h5" in names:
+                kind = "a model of Keras; give a file that torch.save wrote"
+            elif any(name.endswith("/constants.pkl") for name in names):
                 kind = ("TorchScript, a program, which is not run; if you trust it, "
                         f"torch.save(torch.jit.load({str(path)!r}).state_dict(), FILE) takes the weights out, "
                         "for train.py's --encoder_weights")

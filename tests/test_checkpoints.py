@@ -485,8 +485,19 @@ def keras(path):
         file["model_weights/conv1"] = [1.0]
 
 
+def keras_3(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("metadata.json", "config.json", "model.weights.h5"):
+            archive.writestr(name, "{}")
+
+
+def onnx(path):
+    Path(path).write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x052.1.0")  # ir_version, producer_name, producer_version
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("write, words", [(torchscript, "takes the weights out, for train.py's --encoder_weights"),
+@pytest.mark.parametrize("write, words", [(keras_3, "a model of Keras; give"), (onnx, "ONNX, a graph"),
+                                          (torchscript, "takes the weights out, for train.py's --encoder_weights"),
                                           (keras, "HDF5, as Keras's models")])
 def test_models_of_other_kinds_are_named(write, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
