@@ -20,11 +20,9 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
-import glob
 import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datasets import AnyPicture, encode, picture_suffixes, read_image, read_word_map, reverse
+from datasets import AnyPicture, encode, read_image, read_word_map, reverse
 from drawing.figure import draw_figure, figure_paths, visualize_att  # noqa: F401 (here in the original tutorial)
 from drawing.page import PAGES, html_figure, write_page
 from models import Caption
@@ -48,7 +46,7 @@ from safety.checkpoints import load_checkpoint
 from safety.errors import InputError, UsageError, printable, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
-from safety.pictures import counted, is_one_colour, there_instead, unreadable_error
+from safety.pictures import counted, find_pictures, is_one_colour, picture_suffixes, unreadable_error
 from safety.restore import restore
 from safety.words import normal
 from searching.consensus import by_consensus
@@ -380,48 +378,6 @@ def add_search_flags(add: Callable[..., Any]) -> None:
         help="of the beam's captions the best by log-probability / words ** P, 0 to 2; longer with more (default: 0)")
     add("--consensus", action="store_true", default=None,
         help="of the beam's captions the one that is most like the others; best with --beam_size 20")
-
-
-def find_pictures(patterns: Sequence[str]) -> list[Path]:
-    """Files as they are named, pictures of folders, and what patterns match."""
-    found: list[Path] = []
-    for pattern in patterns:
-        path, rest = Path(pattern), ""
-        if not pattern.strip():  # as of a variable of the shell that is not set; Path takes it for this folder
-            raise InputError("--img: an empty name; name pictures, or . for this folder's")
-        if path.is_file():
-            paths = [path]
-        elif path.is_dir():
-            paths, rest = pictures_of(path)
-        elif path.exists() or pattern == "-":
-            raise InputError(f"--img {pattern}: a pipe, and a picture is read more than once; save it, and name the "
-                             "file")
-        else:
-            paths = [Path(each) for each in sorted(glob.glob(pattern, recursive=True)) if Path(each).is_file()]
-            rest = "" if paths else there_instead(path)
-        if not paths:
-            raise InputError(f"--img {pattern}: no picture there{rest}")
-        if rest:
-            print(printable(f"--img {pattern}: {len(paths)} pictures{rest}"), file=sys.stderr)
-        found += paths
-    return list(dict.fromkeys(found))
-
-
-def pictures_of(folder: Path) -> tuple[list[Path], str]:
-    """A folder's pictures, known by their endings, and what to say of the rest."""
-    paths, rest = [], Counter()
-    for path in sorted(folder.iterdir()):
-        suffix = path.suffix.lower()
-        if path.name.startswith("."):  # "._photo.jpg" too, in which macOS keeps what it knows of photo.jpg
-            rest["hidden"] += 1
-        elif not path.is_file():
-            rest["folders" if path.is_dir() else "dead links"] += 1
-        elif suffix not in picture_suffixes():
-            rest[suffix or "without an ending"] += 1
-        else:
-            paths.append(path)
-    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(rest.items()))
-    return paths, f"; passed over: {counts}; name files to have them read all the same" if rest else ""
 
 
 def result_of(path: Path, captions: Sequence[Caption]) -> dict[str, Any]:

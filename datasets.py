@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from safety.words import RULE, check_vocabulary, is_caption
 from utils import World  # rank, size (how many processes) and device
 
 IMAGE_SIZE = 256
-NO_PICTURES = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # a program, and what Pillow only recognises
 COLOUR_CHANGES = (0.3, 0.3, 0.2)  # most that `augment` changes brightness, contrast and saturation
 DATA_HINT = """Two commands make and use a data set, once its pictures and Karpathy's dataset_coco.json are here:
   python create_input_files.py --dataset coco --captions dataset_coco.json --image_folder .
@@ -43,13 +41,6 @@ DATA_HINT = """Two commands make and use a data set, once its pictures and Karpa
 
 
 AnyPicture = str | Path | Image.Image | np.ndarray | Tensor  # a file; Pillow's; (H, W, 3) uint8; (3, H, W) uint8
-
-
-@cache
-def picture_suffixes() -> frozenset[str]:
-    """The endings of file names, as ".jpg", by which a folder's pictures are known: those that Pillow reads here."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items()
-                     if kind in Image.OPEN and kind not in NO_PICTURES)
 
 
 def open_image(image: AnyPicture) -> AbstractContextManager[Image.Image]:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasets import AnyPicture, picture_suffixes
+from datasets import AnyPicture
 from drawing.fonts import font_file
 from drawing.page import PAGES
 from drawing.panels import DARK, SCALE, enlarge, fit, write_gif
 from models import Caption
 from safety.errors import InputError, UsageError, printable
 from safety.files import atomic_write
+from safety.pictures import picture_suffixes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

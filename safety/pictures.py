@@ -1,15 +1,69 @@
-"""What to say of pictures that are not there, that cannot be read, or that are no pictures any more."""
+"""Finding pictures, and what to say of those that are not there, cannot be read, or are no pictures any more."""
 from __future__ import annotations
 
+import glob
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from safety.errors import InputError
+from safety.errors import InputError, printable
+
+NO_PICTURES = {"EPS", "MPEG", "WMF", "BUFR", "GRIB", "HDF5"}  # a program, and what Pillow only recognises
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """The endings of file names, as ".jpg", by which a folder's pictures are known: those that Pillow reads here."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items()
+                     if kind in Image.OPEN and kind not in NO_PICTURES)
+
+
+def find_pictures(patterns: Sequence[str]) -> list[Path]:
+    """Files as they are named, pictures of folders, and what patterns match."""
+    found: list[Path] = []
+    for pattern in patterns:
+        path, rest = Path(pattern), ""
+        if not pattern.strip():  # as of a variable of the shell that is not set; Path takes it for this folder
+            raise InputError("--img: an empty name; name pictures, or . for this folder's")
+        if path.is_file():
+            paths = [path]
+        elif path.is_dir():
+            paths, rest = pictures_of(path)
+        elif path.exists() or pattern == "-":
+            raise InputError(f"--img {pattern}: a pipe, and a picture is read more than once; save it, and name the "
+                             "file")
+        else:
+            paths = [Path(each) for each in sorted(glob.glob(pattern, recursive=True)) if Path(each).is_file()]
+            rest = "" if paths else there_instead(path)
+        if not paths:
+            raise InputError(f"--img {pattern}: no picture there{rest}")
+        if rest:
+            print(printable(f"--img {pattern}: {len(paths)} pictures{rest}"), file=sys.stderr)
+        found += paths
+    return list(dict.fromkeys(found))
+
+
+def pictures_of(folder: Path) -> tuple[list[Path], str]:
+    """A folder's pictures, known by their endings, and what to say of the rest."""
+    paths, rest = [], Counter()
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):  # "._photo.jpg" too, in which macOS keeps what it knows of photo.jpg
+            rest["hidden"] += 1
+        elif not path.is_file():
+            rest["folders" if path.is_dir() else "dead links"] += 1
+        elif suffix not in picture_suffixes():
+            rest[suffix or "without an ending"] += 1
+        else:
+            paths.append(path)
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(rest.items()))
+    return paths, f"; passed over: {counts}; name files to have them read all the same" if rest else ""
 
 
 def check_paths(paths: Sequence[Path], image_folder: Path, source: str) -> None:

@@ -32,7 +32,6 @@ from caption import (
     by_consensus,
     caption_image_beam_search,
     caption_images,
-    find_pictures,
     to_caption,
     visualize_att,
 )
@@ -40,6 +39,7 @@ from datasets import load_word_map, reverse, words_of
 from drawing.panels import enlarge
 from models import Caption
 from safety.errors import InputError
+from safety.pictures import find_pictures
 
 REPOSITORY = Path(caption.__file__).parent
 SEARCH = Search(beam_size=3, max_len=8)  # what `run` asks for

@@ -33,6 +33,7 @@ from safety.checkpoints import load_checkpoint
 from safety.errors import UsageError, run_script
 from safety.files import atomic_write
 from safety.hdf5 import open_array, open_hdf5
+from safety.pictures import find_pictures
 from safety.processes import Place, place_among_processes
 from safety.signals import POLITE, SIGNALS, Stopped, handle_signals
 from training.features import Features
@@ -590,8 +591,8 @@ def test_with_its_folder_it_is_a_name(command: Any, model: Path) -> None:
 def test_an_empty_name_is_not_this_folder(name: str) -> None:
     """As of a variable of the shell that is not set."""
     with refused("--img: an empty name", ". for this folder's"):
-        caption.find_pictures([name])
-    assert len(caption.find_pictures(["."])) == 2
+        find_pictures([name])
+    assert len(find_pictures(["."])) == 2
 
 
 @pytest.mark.parametrize(("script", "arguments", "name"), [
@@ -613,4 +614,4 @@ def test_pictures_do_not_come_through_a_pipe() -> None:
     os.mkfifo("pipe.jpg")
     for name in ("pipe.jpg", "/dev/null", "-"):
         with refused(f"--img {name}: a pipe", "save it, and name the file"):
-            caption.find_pictures([name])
+            find_pictures([name])

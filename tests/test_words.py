@@ -14,10 +14,10 @@ from PIL import Image
 from test_create_input_files import image, load, prepare, table, write_set
 from test_datasets import BASE, WORDS, old, put  # noqa: F401 (a fixture)
 
-from caption import find_pictures
 from datasets import CaptionDataset, load_word_map, read_image
 from preparing.tables import from_text
 from safety.errors import InputError
+from safety.pictures import find_pictures
 from safety.words import is_caption, is_word, normal, words_in
 
 # ---- one spelling ----------------------------------------------------------------------------------------------------
