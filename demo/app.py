@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from caption import Captioner, Search, caption_read, load, try_to_read  # noqa: E402
 from drawing import is_there  # noqa: E402
 from drawing.page import html_figure, page_style  # noqa: E402
-from drawing.panels import SCALE  # noqa: E402
+from drawing.panels import SCALE, fit  # noqa: E402
 from safety.errors import InputError, UsageError, run_script  # noqa: E402
 from safety.flags import integer  # noqa: E402
 from safety.pictures import is_one_colour  # noqa: E402
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 ADDRESS = "127.0.0.1"  # which no other machine can reach
 TITLE = "Show, Attend and Tell"
-HINT = ("Give it a picture. Then point at a word of the caption, tap on it, or move to it with the Tab key. "
-        f"{SCALE} The deeper a word's colour, the less sure of it the model was.")
+HINT = ("Drop a picture, paste one (Ctrl-V) or take one. Then point at a word of the caption, tap on it, or move to it "
+        f"with the Tab key. {SCALE} The deeper a word's colour, the less sure of it the model was.")
 BESIDE = " Each model captions by itself; `caption.py --model`, given the same files, finds one caption together."
 SEARCHED, DRAWN = "searched for", "drawn at random"
 
 # The figures' own style, for a part of the page: Gradio nests it in a rule for that part, which is & there.
 STYLE = page_style().replace(":root", "&").replace("body", "&") + """
 & { padding: 0; max-width: none; background: none; }
-section { margin: 0; }
+section { margin: 0; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
 h2 { margin: 0 0 .6rem; font-size: .9rem; }
 button { background: rgb(from var(--accent) r g b / calc(.5 * (1 - var(--sure)))); }
 """
@@ -52,8 +52,25 @@ LAYOUT = """
 #page { display: grid; gap: 1.5rem 2rem; grid-template: "picture result" auto "controls result" 1fr / 20rem 1fr; }
 #page > :nth-child(1) { grid-area: picture; } #page > :nth-child(2) { grid-area: result; }
 #page > :nth-child(3) { grid-area: controls; } #page .html-container { padding: 0; }
+#page :is([type=radio], [type=range]):focus-visible { outline: 2px solid; outline-offset: 2px; }
 @media (max-width: 50rem) { #page { grid-template: "picture" "result" "controls" / minmax(0, 1fr); } }
 """
+# Files that are pasted, or dropped anywhere, are given to the field for chosen ones: Gradio knows no Ctrl-V, and loses
+# a picture that is dropped on another. The field is there only while "Upload file" is selected.
+SCRIPT = """<script>
+for (const kind of ["dragover", "drop", "paste"]) addEventListener(kind, event => {
+  const files = (event.dataTransfer ?? event.clipboardData).files
+  if (kind == "dragover" || files.length) event.preventDefault()
+  if (!files.length) return
+  event.stopPropagation()
+  document.querySelector("[aria-label='Upload file']").click()
+  setTimeout(() => {
+    const field = document.querySelector("input[type=file]")
+    field.files = files
+    for (const kind of ["dragleave", "change"]) field.dispatchEvent(new Event(kind, {bubbles: true}))
+  })
+}, true)
+</script>"""
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -73,7 +90,8 @@ def answer(captioners: Mapping[str, Captioner], path: str | None, search: Search
     if isinstance(pixels, InputError):
         return f'<p role="alert">{escape(str(pixels).replace(path, name))}</p>'  # the user knows nothing of its folder
     note = "all of one colour: what is said of it means nothing" if is_one_colour(pixels) else ""
-    figures = {of: html_figure(path, name, *caption_read(captioner, [pixels], search), note)
+    picture = fit(path, 512)  # once for all models, as large files take long
+    figures = {of: html_figure(picture, name, *caption_read(captioner, [pixels], search), note)
                for of, captioner in captioners.items()}
     if len(figures) > 1:
         figures = {of: f"<div><h2>{escape(of)}</h2>{figure}</div>" for of, figure in figures.items()}
@@ -108,6 +126,8 @@ def page(captioners: Mapping[str, Captioner]) -> gr.Blocks:
                     number = gr.Slider(1, 20, 5, step=1, label="Number")
                     temperature = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature")
                     again = gr.Button("Draw again")
+        for each in (beam_size, penalty, number, temperature):  # half a number is out of range, and no error
+            each.preprocess = lambda value, of=each: min(max(value, of.minimum), of.maximum)
         controls = [how, beam_size, penalty, number, temperature]
         gr.on([*(each.change for each in (picture, *controls)), again.click],
               lambda path, *settings: answer(captioners, path, search_of(*settings)), [picture, *controls], result,
@@ -123,7 +143,7 @@ def launch(blocks: gr.Blocks, port: int | None) -> str:
     os.environ["no_proxy"] = ADDRESS  # Gradio looks whether it is there, and would ask a proxy
     try:
         blocks.launch(server_name=ADDRESS, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
-                      ssr_mode=False, footer_links=[], css=LAYOUT,
+                      ssr_mode=False, footer_links=[], css=LAYOUT, head=SCRIPT,
                       theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
     except OSError as error:
         raise UsageError(f"--port {port}: cannot be had, as another program may have it; name another, or leave it "

@@ -1,6 +1,7 @@
 """The page that captions: what its controls do, and in a browser what a reader sees; nothing leaves the machine."""
 from __future__ import annotations
 
+import base64
 import re
 import socket
 import time
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -139,6 +141,14 @@ def test_each_control_has_an_effect(model: Captioner, pictures: list[Path]) -> N
     assert [each["visible"] for how in (SEARCHED, DRAWN) for each in shown(how)] == [True, False, False, True]
 
 
+def test_a_number_that_is_being_typed_is_no_error(model: Captioner) -> None:
+    """The 0 of 0.5 is below the lowest temperature, and Gradio would say so."""
+    gradio = pytest.importorskip("gradio")
+    sliders = [each for each in page({"x": model}).blocks.values() if isinstance(each, gradio.Slider)]
+    assert [[each.preprocess(value) for value in (-1, 1.5, 1000)] for each in sliders] == [
+        [1, 1.5, 20], [0, 1.5, 2], [1, 1.5, 20], [0.1, 1.5, 2]]
+
+
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, command: Any, tmp_path: Path) -> None:
     monkeypatch.setattr("demo.app.is_there", lambda name: name != "gradio")
     status, shown = command(demo.app, "--model", tmp_path / "none.pth.tar")
@@ -186,16 +196,23 @@ def give(browser: Browser, path: Path) -> None:  # noqa: F811
     browser.post(f"/element/{field}/value", text=str(path))
 
 
+def open_page(browser: Browser, address: str) -> None:  # noqa: F811
+    browser.post("/url", url=address)
+    wait_for(browser, "document.querySelector('input[type=file]')")
+
+
+def words_shown(browser: Browser) -> list[str]:  # noqa: F811
+    return browser.run("[...document.querySelectorAll('.caption button')].map(each => each.textContent)")
+
+
 def test_a_picture_a_caption_a_word_and_another_picture(
         browser: Browser, served: tuple[str, set[Any]], model: Captioner, pictures: list[Path],  # noqa: F811
         tmp_path: Path) -> None:
-    browser.post("/url", url=served[0])
-    wait_for(browser, "document.querySelector('input[type=file]')")
+    open_page(browser, served[0])
     give(browser, pictures[0])
     wait_for(browser, "document.querySelector('figure')")
     expected = answer({"x": model}, str(pictures[0]), Search(n_best=5))
-    assert browser.run("[...document.querySelectorAll('.caption button')].map(each => each.textContent)") == (
-        words_of(expected))
+    assert words_shown(browser) == words_of(expected)
     lights = np.asarray(decoded(re.findall(r'class="gaze" src="([^"]*)"', expected)[1]))
     before = browser.photo()
     word = browser.post("/elements", using="css selector", value=".caption button")[1]
@@ -236,3 +253,128 @@ def test_a_picture_a_caption_a_word_and_another_picture(
     outside = browser.run("[...document.querySelectorAll('[src], link[href]')].map(each => each.src || each.href)")
     assert {each for each in outside if not each.startswith((served[0], "data:"))} == set()
     assert served[1] <= {"127.0.0.1", b"127.0.0.1"}
+
+
+def wait_for_caption(browser: Browser, model: Captioner, path: Path) -> None:  # noqa: F811
+    expected = answer({"x": model}, str(path), Search(n_best=5))
+    photo = re.search(r'class="photo" src="([^"]*)"', expected)[1]
+    wait_for(browser, f"document.querySelector('.photo')?.src == '{photo}'")
+    assert words_shown(browser) == words_of(expected)
+
+
+def button(text: str) -> str:
+    return (f"[...document.querySelectorAll('#page button')].find(each => each.offsetWidth && "
+            f"(each.ariaLabel || each.textContent).includes('{text}'))")
+
+
+def test_pictures_are_pasted(browser: Browser, served: tuple[str, set[Any]], model: Captioner,  # noqa: F811
+                             pictures: list[Path]) -> None:
+    """With Ctrl-V, whichever way of giving a picture is selected, and with the button; also where there is one."""
+    browser.post("/goog/cdp/execute", cmd="Browser.grantPermissions", params={
+        "origin": served[0].rstrip("/"), "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    open_page(browser, served[0])
+    control, v = ({"value": key} for key in ("\ue009", "v"))
+    for i, way in enumerate(("Upload file", "Capture from camera", "Paste from clipboard", "Ctrl-V")):
+        content = base64.b64encode(pictures[i % 2].read_bytes()).decode()
+        copied = browser.post("/execute/async", args=[content], script="""
+            const [content, done] = arguments
+            fetch('data:image/png;base64,' + content).then(each => each.blob()).then(each =>
+                navigator.clipboard.write([new ClipboardItem({'image/png': each})])).then(() => done(''), done)""")
+        assert copied == ""
+        if way != "Ctrl-V":
+            browser.run(f"{button(way)}.click()")
+        if way != "Paste from clipboard":
+            browser.act("key", *({"type": "keyDown", **key} for key in (control, v)),
+                        *({"type": "keyUp", **key} for key in (v, control)))
+        wait_for_caption(browser, model, pictures[i % 2])
+
+
+def test_pictures_are_dropped_anywhere(browser: Browser, served: tuple[str, set[Any]], model: Captioner,  # noqa: F811
+                                       pictures: list[Path], tmp_path: Path) -> None:
+    """On another picture and beside the field, too; what is no picture is refused."""
+    open_page(browser, served[0])
+    (tmp_path / "notes.txt").write_text("no picture")
+
+    def drop(path: Path, selector: str) -> None:
+        x, y = browser.run(f"(box => [box.left + 9, box.top + 9])"
+                           f"(document.querySelector('{selector}').getBoundingClientRect())")
+        for kind in ("dragEnter", "dragOver", "drop"):
+            browser.post("/goog/cdp/execute", cmd="Input.dispatchDragEvent", params={
+                "type": kind, "x": x, "y": y, "data": {"items": [], "files": [str(path)], "dragOperationsMask": 1}})
+
+    at_first = "getComputedStyle(document.querySelector('#page .block')).borderColor"
+    colour = browser.run(at_first)
+    for i, selector in enumerate(("#page button", "#page .block img", "h1")):
+        drop(pictures[i % 2], selector)
+        wait_for_caption(browser, model, pictures[i % 2])
+    assert browser.run(at_first) == colour, "nothing is being dragged"
+    drop(tmp_path / "notes.txt", "h1")
+    wait_for(browser, "document.querySelector('.toast-body')?.innerText.includes('notes.txt')")
+
+
+class WithCamera(Browser):
+    """Its camera shows Chromium's test pattern, and nobody has to allow its use."""
+
+    def post(self, path: str, **body: Any) -> Any:
+        if path == "/session":
+            body["capabilities"]["alwaysMatch"]["goog:chromeOptions"]["args"] += [
+                "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        return super().post(path, **body)
+
+
+def test_a_picture_is_shot(browser: Browser, served: tuple[str, set[Any]]) -> None:  # noqa: F811
+    camera = WithCamera(urlsplit(browser.address).port)
+    try:
+        open_page(camera, served[0])
+        for each in ("Capture from camera", "Webcam"):
+            wait_for(camera, button(each))
+            camera.run(f"{button(each)}.click()")
+        wait_for(camera, "document.querySelector('video')?.videoWidth && " + button("capture photo"))
+        seen = camera.run("""(canvas => {
+            canvas.getContext('2d').drawImage(document.querySelector('video'), 0, 0, canvas.width, canvas.height)
+            return canvas.toDataURL() })(document.createElement('canvas'))""")
+        camera.run(f"{button('capture photo')}.click()")
+        wait_for(camera, "document.querySelectorAll('.caption button').length")
+        shot = camera.run("document.querySelector('.photo').src")
+        colours = [np.asarray(decoded(each).convert("RGB")).mean((0, 1)) for each in (seen, shot)]
+        assert np.abs(colours[0] - colours[1]).max() < 40 < colours[0].max()
+    finally:
+        camera.send("DELETE", "")
+
+
+def test_the_keyboard_shows_where_it_is(browser: Browser, served: tuple[str, set[Any]],  # noqa: F811
+                                        pictures: list[Path]) -> None:
+    open_page(browser, served[0])
+    give(browser, pictures[0])
+    wait_for(browser, "document.querySelector('figure')")
+    outlined = {}
+    while True:
+        browser.press(TAB)
+        tag, kind, name, seen = browser.run("""(each => [each.tagName, each.type, each.ariaLabel || each.textContent,
+            getComputedStyle(each).outlineStyle != 'none' || getComputedStyle(each).boxShadow != 'none'])(
+            document.activeElement)""")
+        if tag == "BODY":
+            break
+        outlined[tag, kind, name] = seen
+    assert {kind for _, kind, _ in outlined} >= {"submit", "button", "radio", "number", "range"}
+    assert [each for each, seen in outlined.items() if not seen] == []
+
+
+def test_two_models_are_side_by_side_on_a_laptop_and_one_below_the_other_on_a_phone(
+        browser: Browser, model: Captioner, pictures: list[Path]) -> None:  # noqa: F811
+    pytest.importorskip("gradio")
+    blocks = page({"one": model, "other": model})
+    try:
+        open_page(browser, demo.app.launch(blocks, None))
+        give(browser, pictures[0])
+        wait_for(browser, "document.querySelectorAll('figure').length == 2")
+        for width in (1200, 375):
+            size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 400}
+            browser.post("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=size)
+            (one, other), widths = browser.run("""['top', 'width'].map(side => [...document.querySelectorAll('figure')]
+                .map(each => each.getBoundingClientRect()[side]))""")
+            assert (one == other) == (width == 1200) and min(widths) > 280
+            assert browser.run("document.documentElement.scrollWidth") == width
+    finally:
+        browser.post("/goog/cdp/execute", cmd="Emulation.clearDeviceMetricsOverride", params={})
+        blocks.close(verbose=False)
