@@ -4,7 +4,7 @@
 
 Colours mean the same in all: blue the picture and its features, orange attention, green words, grey the LSTM. Gazes and
 the tree of the beam search are of a real run of the demo, which record.py put into demo.json; the curves, and what is
-said of the photographs, of one on Flickr8k, in photos.json.
+said of the photographs in photographs/, of models of Flickr8k, in photos.json.
 """
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from random import Random
 from typing import Any
 
 import numpy as np
-import skimage.data
 import torch
 from PIL import Image
 
@@ -40,7 +39,7 @@ from safety.files import atomic_write  # noqa: E402
 from training.curves import draw_curves  # noqa: E402
 
 RECORD, PHOTOS = REPOSITORY / "img" / "demo.json", REPOSITORY / "img" / "photos.json"
-PHOTOGRAPHS = ("camera.png", "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # that scikit-image brings
+PHOTOGRAPHS = REPOSITORY / "img" / "photographs"
 SCENE = 1   # of the demo's test split: the one that the demo itself shows
 LEAD = 0    # the first, for docs/captions.md
 TREE = 5    # the first of a single thing: its caption is short, so that the tree of a search fits on a page
@@ -318,10 +317,6 @@ def draw_batches(_: dict[str, Any]) -> Figure:
     return figure
 
 
-def photograph(name: str) -> Path:
-    return Path(skimage.data.data_dir, name)
-
-
 def gazes(image: str | Path | Image.Image, said: dict[str, Any], large: int = 244, small: int = 122,
           across: int = 5) -> Image.Image:
     """A picture over its caption, and where the model looked for each word: there it is bright."""
@@ -338,7 +333,7 @@ def gazes(image: str | Path | Image.Image, said: dict[str, Any], large: int = 24
 
 
 def draw_photos(record: dict[str, Any]) -> Image.Image:
-    rows = [gazes(photograph(name), said) for name, said in record.items()]
+    rows = [gazes(PHOTOGRAPHS / name, said) for name, said in record.items()]
     page = Image.new("RGB", (rows[0].width, sum(row.height + 12 for row in rows)), "white")
     y = 0
     for row in rows:

@@ -1,7 +1,8 @@
 """Takes what is real in the pages' pictures from trained models, into JSON files from which draw.py draws.
 
     python img/record.py demo/output                        # a run of the demo's diagrams
-    python img/record.py --photos BEST_checkpoint_....pth.tar        # the run that made it, its captions of photographs
+    python img/record.py --photographs                     # what the model in the box says of those in photographs/
+    python img/record.py --log log_....jsonl               # a run's curves
 """
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # where the scripts are
 
-from caption import Captioner, Search, beam_search, caption_images, load  # noqa: E402
+from caption import PRETRAINED, Captioner, Search, beam_search, caption_images, load  # noqa: E402
 from datasets import encode, read_image, reverse  # noqa: E402
 from demo.demo import NAME  # noqa: E402
-from img.draw import LEAD, PHOTOGRAPHS, PHOTOS, RECORD, SCENE, TREE, photograph  # noqa: E402
+from img.draw import LEAD, PHOTOGRAPHS, PHOTOS, RECORD, SCENE, TREE  # noqa: E402
 from models import DecoderWithAttention  # noqa: E402
 from safety.checkpoints import load_checkpoint  # noqa: E402
 from safety.errors import InputError, run_script  # noqa: E402
@@ -76,20 +77,21 @@ def log_of(path: Path) -> list[dict[str, float]]:
     return [{key: round(row[key], 4) for key in keys} for row in rows]
 
 
-def record_photos(checkpoint: Path) -> None:
-    log = checkpoint.name.replace("BEST_checkpoint_", "log_").replace(".pth.tar", ".jsonl")
-    found = caption_images(load(checkpoint, precision="float32"), [photograph(name) for name in PHOTOGRAPHS],
-                           beam_size=20, consensus=True)
-    content = {"log": log_of(checkpoint.with_name(log)),
-               "photos": {name: {"words": best.words, "alphas": rounded(best.alphas)}
-                          for name, (best, *_) in zip(PHOTOGRAPHS, found, strict=True)}}
-    with atomic_write(PHOTOS) as file:
-        file.write(json.dumps(content) + "\n")
+def captions_of_photographs() -> dict[str, dict[str, list]]:
+    """As `python caption.py --img img/photographs` finds them."""
+    paths = sorted(PHOTOGRAPHS.glob("*.jpg"))
+    return {path.name: {"words": best.words, "alphas": rounded(best.alphas)}
+            for path, (best, *_) in zip(paths, caption_images(load(PRETRAINED), paths), strict=True)}
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.photos:
-        record_photos(args.photos)
+    content = json.loads(PHOTOS.read_text(encoding="utf-8"))
+    if args.photographs:
+        content["photos"] = captions_of_photographs()
+    if args.log:
+        content["log"] = log_of(args.log)
+    with atomic_write(PHOTOS) as file:
+        file.write(json.dumps(content) + "\n")
     if args.folder:
         record_demo(args.folder)
 
@@ -120,7 +122,8 @@ def record_demo(folder: Path) -> None:
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="the demo's, usually demo/output")
-    parser.add_argument("--photos", type=Path, metavar="CHECKPOINT", help="a model trained on photographs")
+    parser.add_argument("--photographs", action="store_true", help="caption those in img/photographs")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="of a run on photographs, for the curves")
     return parser
 
 

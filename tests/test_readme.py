@@ -108,7 +108,8 @@ def test_the_commands_on_photographs_run(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / place / model.name).symlink_to(model)
     (tmp_path / "demo" / "output" / f"BEST_checkpoint_{demo.demo.NAME}.pth.tar").symlink_to(model)
     shutil.copytree(tmp_path / "train2014", tmp_path / "demo" / "output" / "shapes" / "images")
-    (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
+    for folder in ("recipes", "img"):
+        (tmp_path / folder).symlink_to(REPOSITORY / folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)  # METEOR's Java would take most of the time
 
@@ -318,6 +319,16 @@ def test_each_input_ends_in_its_shape() -> None:
     for heading in ("Images", "Captions", "Lengths", "References"):
         part = re.search(rf"### {heading}\n(.*?)\n##", text, re.DOTALL)[1]
         assert len(re.findall(r"\*\*[^*]+\.\*\*", part)) == 1, heading
+
+
+def test_every_photograph_shown_has_its_licence_and_its_caption() -> None:
+    folder = REPOSITORY / "img" / "photographs"
+    shown = sorted(path.name for path in folder.glob("*.jpg"))
+    licences = re.findall(r"^\| (\S+\.jpg) \| .+ \| .*(?:CC|MIT).* \| .+ \|$", (folder / "README.md").read_text(
+        encoding="utf-8"), re.MULTILINE)
+    said = json.loads((REPOSITORY / "img" / "photos.json").read_text(encoding="utf-8"))["photos"]
+    assert shown == licences == list(said)
+    assert [len(each["words"]) for each in said.values()] == [len(each["alphas"]) for each in said.values()]
 
 
 def test_the_drawings_are_the_scripts(tmp_path: Path) -> None:
