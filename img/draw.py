@@ -194,7 +194,7 @@ def draw_attention_network(record: dict[str, Any]) -> Figure:
     axes.plot((10.15, 10.15), (2.7, 3.75), color=ORANGE[1], linewidth=1.4)
     arrow(axes, (1.14, 3.75), (2.99, 3.75), BLUE[1])
     arrow(axes, (10.16, 3.75), (8.61, 3.75), ORANGE[1])
-    box(axes, 5.8, 3.75, 5.6, 0.42, "weighted sum of the P rows, times the gate: context $z_t$, C", BLUE)
+    box(axes, 5.8, 3.75, 5.6, 0.42, "weighted sum of the P rows: the context, C", BLUE)
     write(axes, 2.3, 0.45, "$W_a a$ is computed once a picture, the rest at every step", 10, QUIET)
     return figure
 
