@@ -23,7 +23,7 @@ from tests.conftest import ENCODER
 
 REPOSITORY = Path(train.__file__).parent
 PAGES = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8")
-         for folder in (".", "docs", "benchmarks", "exercises", "pretrained")
+         for folder in (".", "docs", "img", "benchmarks", "exercises", "pretrained")
          for path in sorted((REPOSITORY / folder).glob("*.md"))}
 README = PAGES["README.md"]
 SCRIPTS = ("create_input_files.py", "train.py", "eval.py", "caption.py", "demo/demo.py", "demo/app.py",
@@ -324,7 +324,7 @@ def test_each_input_ends_in_its_shape() -> None:
 def test_every_photograph_shown_has_its_licence_and_its_caption() -> None:
     folder = REPOSITORY / "img" / "photographs"
     shown = sorted(path.name for path in folder.glob("*.jpg"))
-    licences = re.findall(r"^\| (\S+\.jpg) \| .+ \| .*(?:CC|MIT).* \| .+ \|$", (folder / "README.md").read_text(
+    licences = re.findall(r"^\| (\S+\.jpg) \| .+ \| .*(?:CC|MIT).* \| .+ \|$", folder.with_suffix(".md").read_text(
         encoding="utf-8"), re.MULTILINE)
     said = json.loads((REPOSITORY / "img" / "photos.json").read_text(encoding="utf-8"))["photos"]
     assert shown == licences == list(said)
