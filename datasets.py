@@ -20,16 +20,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import Dataset, Sampler, Subset
 
 from encoders.trunk import IMAGENET, Pixels
 from safety.checkpoints import check_word_map
 from safety.errors import InputError, UsageError, reason
 from safety.hdf5 import open_array, open_hdf5, own_array, own_ids
+from safety.loader import Loader
 from safety.metadata import without_metadata, without_warnings
 from safety.modes import to_rgb
 from safety.pictures import there_instead
-from safety.signals import ignore_signals
 from safety.words import RULE, check_vocabulary, is_caption
 from utils import World  # rank, size (how many processes) and device
 
@@ -368,16 +368,15 @@ class EpochSampler(Sampler[list[int]]):
             yield (batch[self.rank::self.world_size] if self.has_share(step) else batch[:1]).tolist()
 
 
-def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, world: World) -> DataLoader:
+def image_loader(dataset: CaptionDataset, batch_size: int, workers: int, world: World) -> Loader:
     """Batches of this rank's share of the pictures, each once: every world.size-th picture from the rank-th on."""
     share = Subset(Pictures(dataset), range(world.rank, dataset.n_images, world.size))
-    return DataLoader(share, batch_size, **loader_options(workers, world))
+    return Loader(share, batch_size, **loader_options(workers, world))
 
 
 def loader_options(workers: int, world: World) -> dict[str, Any]:
-    """Of every DataLoader: its workers leave signals to us, and live as long as it does."""
-    return {"num_workers": workers, "worker_init_fn": ignore_signals, "persistent_workers": workers > 0,
-            "pin_memory": world.device.type == "cuda"}
+    """Of every loader of an epoch: its workers live as long as it does."""
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": world.device.type == "cuda"}
 
 
 def encode(encoder: nn.Module, decoder: nn.Module, images: Tensor, device: torch.device) -> Tensor:

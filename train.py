@@ -34,7 +34,6 @@ from nltk.translate import bleu_score
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_packed_sequence
-from torch.utils.data import DataLoader
 
 import datasets
 from caption import Captioner, Search, beam_search
@@ -56,6 +55,7 @@ from safety.devices import cpu_advice
 from safety.errors import InputError, UsageError, printable, reason, run_script
 from safety.files import atomic_write
 from safety.flags import integer, real
+from safety.loader import Loader
 from safety.pictures import check_pixels
 from safety.restore import restore
 from training.curves import draw_curves
@@ -186,7 +186,7 @@ def learning_parameters(training: Training) -> list[nn.Parameter]:
 
 # ---- an epoch --------------------------------------------------------------------------------------------------------
 
-def train_epoch(run: Run, training: Training, loader: DataLoader, progress: Progress) -> dict[str, Any]:
+def train_epoch(run: Run, training: Training, loader: Loader, progress: Progress) -> dict[str, Any]:
     """One pass over the captions, or what is left of it; returns the first half of the log's row."""
     args, sampler = run.args, loader.batch_sampler  # an EpochSampler
     epochs = for_stage(vars(args), "epochs", progress.stage)
@@ -226,7 +226,7 @@ def cosine(step: int, steps: int) -> float:
 # ---- a validation ----------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def validate(model: Captioner, dataset: CaptionDataset, loader: DataLoader,
+def validate(model: Captioner, dataset: CaptionDataset, loader: Loader,
              world: World) -> tuple[Losses, float, list[list[str]]]:
     """What training asks after each epoch. Every picture is encoded once, for all its captions and for the search.
 
@@ -275,7 +275,7 @@ def teacher_forced_bleu(dataset: CaptionDataset, predicted: list[list[list[int]]
         return 100 * float(bleu_score.corpus_bleu(references, [words for picture in predicted for words in picture]))
 
 
-def validate_epoch(run: Run, training: Training, loader: DataLoader) -> tuple[dict[str, Any], list[str]]:
+def validate_epoch(run: Run, training: Training, loader: Loader) -> tuple[dict[str, Any], list[str]]:
     """The second half of the log's row, and lines with three captions to look at."""
     losses, bleu4_teacher_forced, captions = validate(training.captioner, run.val, loader, run.world)
     lines = [printable(f"  picture {i}: {' '.join(captions[i])}   (people: {' '.join(run.val_references[i][0])})")
@@ -335,7 +335,7 @@ def run_stage(run: Run, progress: Progress, start: dict[str, Any] | None) -> Non
     run.print0(f"stage {stage} is over, {why}. Best {progress.best_shown}: {run.files.best}")
 
 
-def training_loader(run: Run, stage: int) -> DataLoader:
+def training_loader(run: Run, stage: int) -> Loader:
     """Batches of captions, or of whole pictures; in stage 3 always of these, for each of which captions are drawn."""
     args, world, whole = run.args, run.world, run.args.whole_images or stage == 3
     items = Pictures(run.train) if whole else run.train
@@ -346,7 +346,7 @@ def training_loader(run: Run, stage: int) -> DataLoader:
     lengths = torch.from_numpy(run.train.caplens).view(-1, captions_each).amax(dim=1) if bucket else None
     batch_size = max(1, for_stage(vars(args), "batch_size", stage) // captions_each)
     sampler = EpochSampler(len(items), batch_size, order, world.rank, world.size, lengths)
-    return DataLoader(items, batch_sampler=sampler, **loader_options(args.workers, world))
+    return Loader(items, batch_sampler=sampler, **loader_options(args.workers, world))
 
 
 def save(run: Run, training: Training, progress: Progress, improved: bool = False) -> None:

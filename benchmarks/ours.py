@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 import train
 from benchmarks.setting import (
@@ -33,6 +32,7 @@ from create_input_files import create_input_files
 from datasets import CaptionDataset, EpochSampler, Pictures, encode, load_word_map, loader_options
 from eval import generate_captions
 from models import Caption
+from safety.loader import Loader
 from safety.processes import cores
 from training.features import keep_features
 from training.progress import Progress, mean_loss
@@ -77,13 +77,13 @@ def quiet() -> Iterator[None]:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 def load_batches(setting: Setting, run: train.Run, models: train.Training, stage: int,
-                 features_kept: bool = False) -> DataLoader:
+                 features_kept: bool = False) -> Loader:
     """Batches of an epoch, as train.run_stage makes them; the features, if they are kept, are computed first."""
     if features_kept:
         keep_features(run.train, models.captioner, run.args.workers, False)
     pictures = Pictures(run.train)
     sampler = EpochSampler(len(pictures), max(1, setting.batch_size[stage - 1] // CAPTIONS_PER_IMAGE), 0)
-    return DataLoader(pictures, batch_sampler=sampler, **loader_options(run.args.workers, run.world))
+    return Loader(pictures, batch_sampler=sampler, **loader_options(run.args.workers, run.world))
 
 
 def steps(setting: Setting, stage: int, features_kept: bool = False) -> Iterator[int]:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from datasets import IMAGE_SIZE, read_image
 from safety.errors import InputError, printable
 from safety.files import naming_write_errors
 from safety.hdf5 import open_hdf5
+from safety.loader import Loader
 from safety.pictures import check_pixels, counted, is_one_colour, unreadable_error
-from safety.signals import ignore_signals
 from utils import progress_bar
 
 
@@ -59,7 +59,7 @@ def write_images(archive: Path, split: str, paths: Sequence[Path], image_ids: Se
         images[0] = 0  # with the first write HDF5 sets aside one block of the file for all pixels
         writer = PixelWriter(archive, images.id.get_offset(), paths)
     # A DataLoader reads but little ahead, and ends at a bad picture or Ctrl-C, where multiprocessing's pool may hang.
-    loader = DataLoader(writer, batch_size=16, collate_fn=list, num_workers=workers, worker_init_fn=ignore_signals)
+    loader = Loader(writer, batch_size=16, collate_fn=list, num_workers=workers)
     results: list[InputError | OSError | bool] = []
     with progress_bar(None, split, "picture", total=len(paths)) as bar:
         for batch in loader:

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Ctrl-C, the system, a terminal that goes away, and what Slurm and others send before time is up; Windows has two.
 POLITE = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
@@ -59,6 +62,16 @@ def handle_signals(handler: Callable[[int], None]) -> Iterator[None]:
 
 def raise_stopped(number: int) -> None:
     raise Stopped(number)
+
+
+def unbroken(call: Callable[[], T]) -> T:
+    """What `call` returns. A signal that comes meanwhile has its effect after that."""
+    came: list[int] = []
+    with handle_signals(came.append):
+        result = call()
+    for number in came:
+        (HANDLERS[-1] if HANDLERS else raise_stopped)(number)
+    return result
 
 
 def ignore_signals(_: int) -> None:

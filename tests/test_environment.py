@@ -23,6 +23,7 @@ import torch
 from conftest import Prepared, refused
 from test_eval import Model
 from test_train import flags
+from torch.utils.data import DataLoader
 
 import caption
 import create_input_files
@@ -33,9 +34,10 @@ from safety.checkpoints import load_checkpoint
 from safety.errors import UsageError, run_script
 from safety.files import atomic_write
 from safety.hdf5 import open_array, open_hdf5
+from safety.loader import Loader
 from safety.pictures import find_pictures
 from safety.processes import Place, place_among_processes
-from safety.signals import POLITE, SIGNALS, Stopped, handle_signals
+from safety.signals import POLITE, SIGNALS, Stopped, handle_signals, raise_stopped
 from training.features import Features
 from training.resume import resume_command
 from utils import setup_world
@@ -534,6 +536,27 @@ def test_only_ctrl_c_and_sigterm_hurry() -> None:
         with pytest.raises(Stopped) as stopped:
             os.kill(os.getpid(), signal.SIGINT)
     assert stopped.value.args == (signal.SIGINT,) and len(SIGNALS) == 5
+
+
+@pytest.mark.usefixtures("quiet")
+def test_workers_all_start_before_a_signal_has_its_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once where it stops, as in a validation; where it waits for the end of a step, it goes on waiting."""
+    started, start = [], DataLoader._get_iterator
+
+    def slowly(loader: DataLoader) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        started.append(start(loader))
+        return started[-1]
+
+    monkeypatch.setattr(DataLoader, "_get_iterator", slowly)
+    with pytest.raises(Stopped), handle_signals(raise_stopped):
+        iter(Loader([1, 2]))
+    assert len(started) == 1
+    with handle_signals(nothing):
+        assert len(list(Loader([1, 2]))) == 2 and SIGNALS == [signal.SIGINT]
+    with pytest.raises(Stopped):  # where nobody handles signals
+        iter(Loader([1, 2]))
+    assert len(started) == 3
 
 
 @pytest.mark.usefixtures("quiet")

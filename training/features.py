@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from caption import Captioner
 from datasets import CaptionDataset, Pictures, encode
 from encoders.trunk import IMAGENET
 from safety.errors import InputError
 from safety.files import lock, naming_write_errors, replace_open, sync
-from safety.signals import ignore_signals
+from safety.loader import Loader
 from utils import PRECISIONS, autocast, progress_bar
 
 FEATURES_AT_ONCE = 32  # pictures encoded between two writes
@@ -145,7 +145,7 @@ def _write_features(features: Features, dataset: CaptionDataset, model: Captione
         file.truncate(done * size)
         rest = Subset(Pictures(dataset), range(done, dataset.n_images))
         bar = progress_bar(None, f"features, {dataset.split}", "picture", show, total=dataset.n_images, initial=done)
-        for pictures, *_ in DataLoader(rest, FEATURES_AT_ONCE, num_workers=workers, worker_init_fn=ignore_signals):
+        for pictures, *_ in Loader(rest, FEATURES_AT_ONCE, num_workers=workers):
             rows = encode_batch(model, pictures)
             with naming_write_errors(partial):
                 file.write(rows.to(features.dtype).cpu().contiguous().view(torch.uint8).numpy())
