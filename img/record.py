@@ -85,13 +85,14 @@ def captions_of_photographs() -> dict[str, dict[str, list]]:
 
 
 def main(args: argparse.Namespace) -> None:
-    content = json.loads(PHOTOS.read_text(encoding="utf-8"))
-    if args.photographs:
-        content["photos"] = captions_of_photographs()
-    if args.log:
-        content["log"] = log_of(args.log)
-    with atomic_write(PHOTOS) as file:
-        file.write(json.dumps(content) + "\n")
+    if args.photographs or args.log:
+        content = json.loads(PHOTOS.read_text(encoding="utf-8"))
+        if args.photographs:
+            content["photos"] = captions_of_photographs()
+        if args.log:
+            content["log"] = log_of(args.log)
+        with atomic_write(PHOTOS) as file:
+            file.write(json.dumps(content) + "\n")
     if args.folder:
         record_demo(args.folder)
 
