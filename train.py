@@ -659,7 +659,7 @@ def add_more_flags(parser: argparse.ArgumentParser) -> None:
         help="save within an epoch too (default: 15)")
     add_device_flags(add)
     add("--compile", action="store_true",
-        help="torch.compile the encoder and a decoding step: some minutes at first, faster steps on a GPU")
+        help="torch.compile the encoder and a decoding step: some minutes at first; not always faster")
 
 
 if __name__ == "__main__":
