@@ -188,6 +188,8 @@ def test_the_log_and_what_is_printed_tell_of_the_reward(prepared: Prepared, trai
     drawn = [axes.get_title() for axes in curves_of(rows)]
     assert drawn == ["loss", "BLEU-4 on the validation split", "CIDEr"]
     assert [len(curves_of(each)) for each in (rows[:1], rows)] == [2, 3]
+    named = [[text.get_text() for text in curves_of(each)[0].get_legend().get_texts()] for each in (rows, [last])]
+    assert named == [["train", "validation", "self-critical training begins"], ["validation"]]
 
 
 def curves_of(rows: list[dict[str, Any]]) -> list[Any]:

@@ -23,7 +23,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     epochs = range(1, len(rows) + 1)
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), sharex=True), panels.items(), strict=True):
         for key, label in curves.items():
-            axes.plot(epochs, [row.get(key, math.nan) for row in rows], label=label, marker=".")
+            values = [row.get(key, math.nan) for row in rows]
+            axes.plot(epochs, values, label=None if all(map(math.isnan, values)) else label, marker=".")
         for stage, what in ((2, "fine-tuning"), (3, "self-critical training")):
             before = sum(row["stage"] < stage for row in rows)
             if before and any(row["stage"] == stage for row in rows):
