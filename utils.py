@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ def setup_world(device: str | None, precision: str | None, join: bool = True) ->
     if chosen.type == "cpu":
         keep_freed_memory()
     if world.size > 1 and not dist.is_initialized():
+        import_module("torch.distributed.nn")  # imported later, by DDP, it would keep the group's threads to the end
         with waiting_for_others(place):
             dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # gloo: on the CPU
                                     timeout=timedelta(minutes=30))  # while rank 0 downloads weights, say

@@ -369,16 +369,38 @@ def test_a_recipe_for_both_stages_trains_one(prepared: Prepared, tmp_path: Path,
     assert said == ["stage 1 alone does not use --augment, --encoder_lr"]
 
 
+TRAIN_AND_LIST_THREADS = """
+import contextlib, runpy, time
+from pathlib import Path
+
+def threads():
+    for thread in Path("/proc/self/task").glob("*"):  # on Linux; elsewhere none is listed
+        with contextlib.suppress(OSError):            # it has just ended
+            yield (thread / "comm").read_text().strip()
+
+runpy.run_module("train", run_name="__main__", alter_sys=True)
+deadline = time.monotonic() + 5
+while "gloo" in " ".join(threads()) and time.monotonic() < deadline:  # one that has ended is listed a little longer
+    time.sleep(0.1)
+print("threads at the end:", *threads())
+"""
+
+
 @pytest.mark.parametrize(("processes", "batch_size"), [(2, 10), (3, 25)], ids=["two", "three, some with dummy items"])
 def test_several_processes_give_the_losses_and_scores_of_one(prepared: Prepared, tmp_path: Path, processes: int,
                                                              batch_size: int) -> None:
     """One process with the batch of all, in float32, and no dropout, which is drawn by each process for itself."""
     options = ["--dropout", 0, "--epochs", 1, "--grad_clip", 1e-3]  # of sums: to Adam alone means would be the same
     alone = run(prepared, tmp_path / "one", *options, "--batch_size", processes * batch_size)
+    script = tmp_path / "train_and_list_threads.py"
+    script.write_text(TRAIN_AND_LIST_THREADS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               train.__file__, *flags(prepared, tmp_path / "all", *options, "--batch_size", batch_size)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+               script, *flags(prepared, tmp_path / "all", *options, "--batch_size", batch_size)]
+    paths = {"PYTHONPATH": str(Path(train.__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env={**os.environ, **paths})
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("threads at the end:") == processes
+    assert "gloo" not in done.stdout  # Python's end would abort now and then, though all the work is done
     log = tmp_path / "all" / f"log_{prepared.name}.jsonl"
     for one, several in zip(alone, map(json.loads, log.read_text().splitlines()), strict=True):
         for name in ("train_loss", "val_loss", "val_top5", "bleu4", "bleu4_teacher_forced"):
