@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import codecs
 import errno
 import io
@@ -60,7 +61,7 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
             sys.stdout.flush()  # fails here, if at all, and not at Python's own end
             if lost:
                 raise InputError(f"what was printed could not be written ({lost[0].strerror}); all else is done")
-            if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
+            if dist.is_initialized():
                 dist.destroy_process_group()
     except (KeyboardInterrupt, Exception) as error:
         drop_what_cannot_be_printed(before)
@@ -86,6 +87,15 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
             with suppress(OSError):
                 bar.close()  # or the line would stand behind a half-drawn bar
         put_back(before)
+        if dist.is_initialized():  # a process that failed just ends, and torchrun stops the others
+            code = getattr(sys.exc_info()[1], "code", 1)
+            atexit.register(end_at_once, code if isinstance(code, int) else 1)
+
+
+def end_at_once(status: int) -> None:
+    """Without Python's own end, which now and then aborts (SIGABRT) where a process group's threads are left."""
+    put_back({})  # flushes the streams
+    os._exit(status)
 
 
 def release_frames(error: BaseException | None) -> None:

@@ -359,6 +359,30 @@ def test_what_is_left_of_torchrun_is_not_taken_for_it(prepared: Prepared, tmp_pa
     assert "resume it with: python train.py --checkpoint " in resume_command(args)
 
 
+@pytest.mark.parametrize(("failure", "status", "said"), [
+    ("raise InputError('no, and why')", 1, "x.py: no, and why\n"),
+    ("raise UsageError('no such flag')", 2, "x.py: no such flag (--help tells the flags)\n"),
+    ("os.kill(os.getpid(), signal.SIGTERM)", 143, "\nx.py: stopped\n")], ids=["error", "flag", "signal"])
+def test_one_of_several_processes_that_fails_ends_at_once(failure: str, status: int, said: str) -> None:
+    """Without Python's own end, which now and then aborts where threads of a process group are left."""
+    code = f"""if True:
+        import argparse, atexit, os, signal, sys, torch
+        from safety.errors import InputError, UsageError, run_script
+
+        def main(args):
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+            print("printed before")
+            {failure}
+
+        atexit.register(print, "Python's own end")
+        sys.argv = ["x.py"]
+        run_script(main, argparse.ArgumentParser())
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, text=True, capture_output=True)
+    assert (done.stdout, done.returncode) == ("printed before\n", status)
+    assert done.stderr == said
+
+
 # ---- file systems ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="feigned with Linux's LD_PRELOAD")
