@@ -48,7 +48,7 @@ def setup_world(device: str | None, precision: str | None, join: bool = True) ->
     if chosen.type == "cpu":
         keep_freed_memory()
     if world.size > 1 and not dist.is_initialized():
-        import_module("torch.distributed.nn")  # imported later, by DDP, it would keep the group's threads to the end
+        import_module("torch.distributed.nn")  # if DDP is the first to, its default arguments hold the group for good
         with waiting_for_others(place):
             dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # gloo: on the CPU
                                     timeout=timedelta(minutes=30))  # while rank 0 downloads weights, say

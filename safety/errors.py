@@ -94,7 +94,7 @@ def run_script(main: Callable[[argparse.Namespace], Any], parser: argparse.Argum
 
 def end_at_once(status: int) -> None:
     """Without Python's own end, which now and then aborts (SIGABRT) where a process group's threads are left."""
-    put_back({})  # flushes the streams
+    flush_streams()
     os._exit(status)
 
 
@@ -160,13 +160,17 @@ def to_nowhere(stream: io.TextIOWrapper, before: dict[int, int]) -> None:
 
 def put_back(before: dict[int, int]) -> None:
     """Gives a host, such as a notebook, its streams as they were, without what could not be written."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # it may be closed
-            stream.flush()
+    flush_streams()
     while before:
         descriptor, copy = before.popitem()
         os.dup2(copy, descriptor)
         os.close(copy)
+
+
+def flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # it may be closed
+            stream.flush()
 
 
 def reason(error: Exception) -> str:
