@@ -108,13 +108,19 @@ class Annotations(NamedTuple):
 
     def rows(self, index: Tensor | slice) -> Annotations:
         """Those of some of the pictures."""
-        return self._replace(features=self.features[index], keys=self.keys[index])
+        return self._replace(features=rows(self.features, index), keys=rows(self.keys, index))
 
     def mean(self) -> Tensor:
         """The mean of the P regions, (N, C)."""
         if self.pooling is None:
             return self.features.mean(dim=1)
         return self.pooling.mean(dim=0) @ self.features                         # (S,) @ (N, S, C)
+
+
+def rows(tensor: Tensor, index: Tensor | slice) -> Tensor:
+    """tensor[index]. Where rows repeat, the gradient of `tensor[index]` adds them in another order in every run, if a
+    CPU has several threads; that of index_select does not."""
+    return tensor[index] if isinstance(index, slice) else tensor.index_select(0, index)
 
 
 class Attention(nn.Module):
@@ -340,7 +346,7 @@ def teacher_forced(decoder: nn.Module, encoder_out: Tensor, captions: Tensor, ca
     picture = index // (len(captions) // len(encoder_out))                      # (N,), the picture of each
     captions, decode_lengths = captions[index], (lengths - 1).tolist()          # nothing is predicted after <end>
     annotations, state = decoder.start(encoder_out)
-    annotations, state = annotations.rows(picture), tuple(each[picture] for each in state)
+    annotations, state = annotations.rows(picture), tuple(rows(each, picture) for each in state)
 
     # Packed, the captions [a b c], [d e] become data a d b e c in batches of 2, 2 and 1: one for each step.
     inputs = pack_padded_sequence(captions, decode_lengths, batch_first=True)

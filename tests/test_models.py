@@ -623,3 +623,22 @@ def test_depthwise_convolutions_are_tuned_in_float32_on_a_cpu() -> None:
     other = copy.deepcopy(layer)
     torch.nn.init.zeros_(other.weight)
     assert not other(features.float()).any() and layer(features.float()).any()
+
+
+def test_the_gradients_are_the_same_again_with_several_threads() -> None:
+    """Five captions of each picture, in the order of their lengths: the gradients of its features are sums."""
+    torch.manual_seed(0)
+    decoder = DecoderWithAttention(64, embed_dim=8, decoder_dim=16, vocab_size=20, encoder_dim=32, dropout=0)
+    features = torch.randn(20, 8, 8, 32, requires_grad=True)
+    captions, lengths = torch.randint(20, (100, 9)), torch.randint(3, 10, (100, 1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(40):
+            scores = models.teacher_forced(decoder, features, captions, lengths).scores.data
+            found.append(torch.autograd.grad(scores.square().sum(), [features, decoder.attention.encoder_att.weight]))
+    finally:
+        torch.set_num_threads(before)
+    for again in found[1:]:
+        assert all(map(torch.equal, found[0], again))
